@@ -96,8 +96,9 @@ def intersection_bev(
     y0, y1 = y0 + (l - x0)*slope, y0 + (r - x0)*slope
     mean = (y0 + y1)/2 - _mean_above(y0, y1, half_y) + _mean_above(-y0, -y1, half_y)
     area = ((l - r)*mean).sum(1).clamp_min(0)
-    good = (torch.cat([a[:, 3:5], b[:, 3:5]], 1) > 0).all(1)
-    return torch.where(good, area, 0.)
+    sides = torch.cat([a[:, 3:5], b[:, 3:5]], 1)
+    noise = 1e-14*sides.square().sum(1)
+    return torch.where((sides > 0).all(1) & (area > noise), area, 0.)
 
 # %% ../nbs/03_boxes.ipynb #dee409d9
 def _candidates(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

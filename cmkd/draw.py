@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'GREYS', 'HEIGHTS', 'NEAR', 'MOST', 'thin', 'box_lines', '
            'image_boxes', 'bev_boxes', 'png_uri', 'image_points', 'bev_points', 'bev_heat', 'image_axes', 'bev_axes',
            'draw_image', 'draw_bev', 'draw_map', 'draw_3d', 'draw_frame', 'Saved', 'save']
 
-# %% ../nbs/04_draw.ipynb #08987294
+# %% ../nbs/04_draw.ipynb #a0403beb
 import base64, io
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
+import torch
 from pandas import DataFrame
 from PIL import Image
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from .boxes import corners
 from .core import Boxes, Calibration, Frame, atomic
 from .geometry import Grid, cam_to_img, lidar_to_cam, lidar_to_img
 
@@ -41,18 +43,14 @@ def thin(points: np.ndarray, most: int=MOST) -> np.ndarray:
     "At most `most` rows, evenly spaced in the order they came: the same rows every time."
     return points if len(points) <= most else points[np.linspace(0, len(points) - 1, most).astype(int)]
 
-# %% ../nbs/04_draw.ipynb #649c89eb
-_SIGNS = np.array([[1, 1, -1], [1, -1, -1], [-1, -1, -1], [-1, 1, -1], [1, 1, 1], [1, -1, 1], [-1, -1, 1], [-1, 1, 1]])/2
-_LINES = np.array([[0, 1], [1, 2], [2, 3], [3, 0], [4, 5], [5, 6], [6, 7], [7, 4], [0, 4], [1, 5], [2, 6], [3, 7], [0, 5], [1, 4]])
+# %% ../nbs/04_draw.ipynb #aa5a1b4c
+_LINES = np.array([[0, 1], [1, 2], [2, 3], [3, 0], [4, 5], [5, 6], [6, 7], [7, 4], [0, 4], [1, 5], [2, 6], [3, 7], [0, 7], [3, 4]])
 
 def box_lines(
     boxes: np.ndarray,   # (M, 7) lidar, m
 ) -> np.ndarray:         # (M, 14, 2, 3) both ends of 12 edges and of the front face's 2 diagonals, lidar, m
     "The wireframe of every box."
-    boxes = np.asarray(boxes, np.float64).reshape(-1, 7)
-    x, y, z = np.moveaxis(boxes[:, None, 3:6]*_SIGNS, -1, 0)
-    c, s = np.cos(boxes[:, 6:]), np.sin(boxes[:, 6:])
-    return (np.stack([c*x - s*y, s*x + c*y, z], -1) + boxes[:, None, :3])[:, _LINES]
+    return corners(torch.as_tensor(boxes, dtype=torch.float64).reshape(-1, 7)).numpy()[:, _LINES]
 
 # %% ../nbs/04_draw.ipynb #5a393e2c
 def clip_near(
@@ -99,7 +97,7 @@ def image_boxes(role: str, boxes: Boxes, calib: Calibration) -> go.Scatter:
 def bev_boxes(role: str, boxes: Boxes) -> go.Scatter:
     "Footprints from above, with a line from the centre through the front."
     lines = box_lines(boxes.boxes)
-    nose = np.stack([boxes.boxes[:, :3], lines[:, 0].mean(1)], 1)[:, None]
+    nose = np.stack([boxes.boxes[:, :3], lines[:, 3].mean(1)], 1)[:, None]
     flat = gaps(np.concatenate([lines[:, :4], nose], 1).reshape(-1, 2, 3))
     return go.Scatter(x=flat[:, 1], y=flat[:, 0], text=np.repeat(_labels(boxes), 15), hoverinfo="text", **_line(role))
 
@@ -131,25 +129,25 @@ def bev_heat(heat: np.ndarray, grid: Grid, **look) -> go.Heatmap:
     look = dict(colorscale="Viridis", colorbar=dict(thickness=10, len=.9), hovertemplate="x %{y:.1f} m, y %{x:.1f} m: %{z:.3g}<extra></extra>") | look
     return go.Heatmap(z=heat.T.astype(np.float32), x0=grid.low[1] + grid.cell[1]/2, dx=grid.cell[1], y0=grid.low[0] + grid.cell[0]/2, dy=grid.cell[0], **look)
 
-# %% ../nbs/04_draw.ipynb #0d4ebdb3
-def _row(r): return {} if r is None else dict(row=r, col=1)
+# %% ../nbs/04_draw.ipynb #34afa172
+def _at(fig: go.Figure, at: tuple[int, int] | None) -> tuple[dict, str]: # where to draw, and the name of that panel's x axis
+    return ({}, "x") if at is None else (dict(row=at[0], col=at[1]), fig.get_subplot(*at).yaxis.anchor)
 
-def image_axes(fig: go.Figure, image: np.ndarray, scale: float=1., row: int | None=None) -> go.Figure:
-    "Lay the picture behind its axes: px, v down, pixel centres at whole numbers."
-    H, W = image.shape[:2]
-    fig.add_layout_image(source=png_uri(image, scale), x=-.5, y=-.5, sizex=W, sizey=H, xref="x", yref="y", sizing="stretch", layer="below", **_row(row))
-    fig.update_xaxes(range=[-.5, W - .5], showgrid=False, constrain="domain", title="u (px)", **_row(row))
-    y = {} if row is None else dict(scaleanchor=fig.get_subplot(row, 1).yaxis.anchor)
-    fig.update_yaxes(range=[H - .5, -.5], showgrid=False, constrain="domain", title="v (px)", **(dict(scaleanchor="x") | y), **_row(row))
+def image_axes(fig: go.Figure, image: np.ndarray, scale: float=1., at: tuple[int, int] | None=None) -> go.Figure:
+    "In panel `at` = (row, column) lay the picture behind its axes: px, v down, pixel centres at whole numbers."
+    (H, W), (panel, x) = image.shape[:2], _at(fig, at)
+    fig.add_layout_image(source=png_uri(image, scale), x=-.5, y=-.5, sizex=W, sizey=H, xref=x, yref=x.replace("x", "y"), sizing="stretch", layer="below")
+    fig.update_xaxes(range=[-.5, W - .5], showgrid=False, constrain="domain", title="u (px)", **panel)
+    fig.update_yaxes(range=[H - .5, -.5], showgrid=False, constrain="domain", title="v (px)", scaleanchor=x, **panel)
     return fig
 
-def bev_axes(fig: go.Figure, grid: Grid | None=None, row: int | None=None) -> go.Figure:
-    "From above: lidar x up, lidar y to the left, one metre as long across as along."
+def bev_axes(fig: go.Figure, grid: Grid | None=None, at: tuple[int, int] | None=None) -> go.Figure:
+    "In panel `at`, from above: lidar x up, lidar y to the left, one metre as long across as along."
+    panel, x = _at(fig, at)
     across = dict(autorange="reversed") if grid is None else dict(range=[grid.high[1], grid.low[1]])
     ahead = {} if grid is None else dict(range=[grid.low[0], grid.high[0]])
-    fig.update_xaxes(title="y, left (m)", constrain="domain", **across, **_row(row))
-    y = "x" if row is None else fig.get_subplot(row, 1).yaxis.anchor
-    fig.update_yaxes(title="x, ahead (m)", constrain="domain", scaleanchor=y, **ahead, **_row(row))
+    fig.update_xaxes(title="y, left (m)", constrain="domain", **across, **panel)
+    fig.update_yaxes(title="x, ahead (m)", constrain="domain", scaleanchor=x, **ahead, **panel)
     return fig
 
 # %% ../nbs/04_draw.ipynb #1cf3a8db
@@ -243,7 +241,7 @@ def draw_frame(
         fig.add_trace(image_boxes(role, b, frame.calib), 1, 1)
         fig.add_trace(bev_boxes(role, b).update(showlegend=False), 2, 1)
     if not roles: fig.add_trace(go.Scatter(x=[], y=[], showlegend=False), 1, 1)
-    return bev_axes(image_axes(fig, frame.image, scale, row=1), grid, row=2)
+    return bev_axes(image_axes(fig, frame.image, scale, (1, 1)), grid, (2, 1))
 
 # %% ../nbs/04_draw.ipynb #664556b7
 @dataclass(frozen=True)
