@@ -57,7 +57,7 @@ def test_depth_bf16_logits_give_fp32_loss(c):
 def test_qfl_and_focal(g):
     t = lambda k: torch.tensor(g[k])
     close(quality_focal_loss(t("logits"), t("target")), g["loss"])
-    close(focal_loss(t("focal_in"), t("focal_t")), g["focal"])
+    close(focal_loss(t("focal_in"), t("focal_t"))*t("sl1_w")[..., None], g["focal"])
 
 
 def test_smooth_l1_with_nan(g):

@@ -25,13 +25,15 @@ def make_anchors(
     shape: tuple[int, int],    # (Y, X) cells of the head's map
 ) -> Tensor:                   # (Y, X, A, 7) float32, lidar; A runs over class, then rotation
     "SECOND's anchors (section 3.2.1), one a cell, class and rotation."
+    low, high = (torch.tensor(v).double().tolist() for v in (low, high))   # rounded to float32 first, as SECOND does: ties depend on it
     def line(lo, hi, n):
-        if head.centred: return lo + (torch.arange(n, dtype=torch.float64) + .5)*(hi - lo)/n
-        return lo + torch.arange(n, dtype=torch.float64)*(hi - lo)/max(1, n - 1)
-    kinds = torch.tensor([[bottom + size[2]/2, *size, turn] for size, bottom in zip(head.sizes, head.bottoms) for turn in head.rotations], dtype=torch.float64)
+        if head.centred: return (lo + (torch.arange(n, dtype=torch.float64) + .5)*(hi - lo)/n).float()
+        step = (hi - lo)/max(1, n - 1)
+        return torch.arange(lo, hi + step/2, step, dtype=torch.float32)[:n]
+    kinds = torch.tensor([[bottom + size[2]/2, *size, turn] for size, bottom in zip(head.sizes, head.bottoms) for turn in head.rotations])
     y, x = torch.meshgrid(line(low[1], high[1], shape[0]), line(low[0], high[0], shape[1]), indexing="ij")
     place = torch.stack([x, y], -1)[:, :, None].expand(-1, -1, len(kinds), -1)
-    return torch.cat([place, kinds.expand(*shape, -1, -1)], -1).float()
+    return torch.cat([place, kinds.expand(*shape, -1, -1)], -1)
 
 def anchor_class(head: Head) -> Tensor: # (A,) int64
     "The class of each of a cell's anchors."

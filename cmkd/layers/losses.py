@@ -26,8 +26,7 @@ def focal_loss(
 ) -> Tensor:           # same shape, elementwise
     "Sigmoid focal loss (Lin et al. 2017, Eq. 5), as in SECOND."
     logits, targets = logits.float(), targets.float()
-    p = logits.sigmoid()
-    wrong = targets*(1 - p) + (1 - targets)*p
+    wrong = (targets - logits.sigmoid()).abs()
     alpha = targets*alpha + (1 - targets)*(1 - alpha)
     return alpha*wrong**gamma*F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
