@@ -129,6 +129,7 @@ def _iou(a: Tensor, b: Tensor, paired: bool, with_z: bool) -> Tensor:
     out[i, j] = _iou_pairs(a[i], b[j], with_z).to(a.dtype)
     return out
 
+# %% ../nbs/03_boxes.ipynb #adb1002c
 def iou_bev(
     a: Tensor,          # (N, 7) lidar
     b: Tensor,          # (M, 7) lidar

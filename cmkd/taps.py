@@ -22,6 +22,7 @@ class Taps:
     bev: Tensor | None = None           # (B, C, Y, X) F_L^bev of a teacher, adapted F_I^bev of a student
     bev2d: Tensor | None = None         # (B, C2, Y, X) after the 2D backbone
     head: HeadMaps | None = None        # class, box and direction maps
+    soft: list[tuple[Tensor, Tensor, Tensor]] | None = None  # B x (boxes (K, 7), scores (K,), labels (K,)): a teacher's detections
 
     def need(self, name: str):
         "The tap `name`, or an error that says which taps there are."

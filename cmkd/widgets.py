@@ -6,7 +6,8 @@
 __all__ = ['PANELS', 'BLUES', 'temper', 'ray', 'splat', 'lidar_distribution', 'PixelState', 'Belief', 'belief', 'pixel_traces',
            'pixel_to_ground', 'refresh', 'PixelToGround', 'pixel_slides']
 
-# %% ../nbs/64_widgets.ipynb #ab4e0681
+# %% ../nbs/64_widgets.ipynb #a7a0b3eb
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -130,17 +131,18 @@ def pixel_traces(frame: Frame, bins: DepthBins, grid: Grid, distribution, state:
     heat = splat(xyz, np.repeat(b.p/steps, steps), grid)
     inside, mean = heat.sum(), (b.p*bins.centres).sum()/b.p.sum()
     spread = np.sqrt((b.p*(bins.centres - mean)**2).sum()/b.p.sum())
-    hit = img_to_lidar(b.uv[None], np.array([b.lidar]), frame.calib)[0]
+    seen = np.array([b.lidar])[[not np.isnan(b.lidar)]]      # one depth, or none
+    hit = img_to_lidar(b.uv[None].repeat(len(seen), 0), seen, frame.calib)
     look = dict(showlegend=False, hoverinfo="skip")
     traces = [
         go.Scatter(name="cell", x=u + w*np.array([-1, 1, 1, -1, -1]), y=v + h*np.array([-1, -1, 1, 1, -1]), mode="lines", line=dict(color="white", width=2), **look),
         go.Scatter(name="pixel", x=[u], y=[v], mode="markers", marker=dict(symbol="circle-open", size=22, color=COLOURS["student"], line_width=3), **look),
         go.Bar(name="belief", x=bins.centres, y=b.p, width=np.diff(bins.edges), marker=dict(color=COLOURS["student"], line=dict(color="white", width=.5)),
                showlegend=False, hovertemplate="%{x:.1f} m: %{y:.3f}<extra></extra>"),
-        go.Scatter(name="LiDAR depth", x=[b.lidar]*2, y=[0, 1], mode="lines", line=dict(color="#555555", width=2, dash="dot"), **look),
+        go.Scatter(name="LiDAR depth", x=seen.repeat(2), y=np.arange(2*len(seen)), mode="lines", line=dict(color="#555555", width=2, dash="dot"), **look),
         bev_heat(np.where(heat > 1e-3*heat.max(), heat, np.nan), grid, name="lifted", colorscale=BLUES, zmin=0, zmax=max(heat.max(), 1e-6), showscale=False),
         go.Scatter(name="ray", x=xyz[[0, -1], 1], y=xyz[[0, -1], 0], mode="lines", line=dict(color="#555555", width=1, dash="dot"), **look),
-        go.Scatter(name="LiDAR return", x=hit[1:2], y=hit[:1], mode="markers", marker=dict(symbol="circle-open", size=14, color="#555555", line_width=2), **look)]
+        go.Scatter(name="LiDAR return", x=hit[:, 1], y=hit[:, 0], mode="markers", marker=dict(symbol="circle-open", size=14, color="#555555", line_width=2), **look)]
     measured = "no LiDAR return here" if np.isnan(b.lidar) else f"LiDAR says {b.lidar:.1f} m"
     return traces, (f"T = {state.temperature:.2f}: peak {bins.centres[b.p.argmax()]:.1f} m, mean {mean:.1f} ± {spread:.1f} m; {measured}; "
                     f"{inside:.0%} lands on the grid, at most {heat.max():.0%} in one cell")
@@ -199,7 +201,7 @@ class PixelToGround:
         refresh(self.figure, *pixel_traces(*self.of, self.state))
 
     def _repr_mimebundle_(self, **kwargs):
-        still = {"application/vnd.plotly.v1+json": go.Figure(self.figure).to_plotly_json()}
+        still = {"application/vnd.plotly.v1+json": json.loads(self.figure.to_json())}     # NaN is no JSON: plotly's own writer knows
         return still | self.view._repr_mimebundle_(**kwargs)
 
 # %% ../nbs/64_widgets.ipynb #3a812938

@@ -130,27 +130,61 @@ def test_z_is_bottom_plus_half_height(): assert SPOT.flatten()[2].item() == pyte
 @pytest.mark.parametrize("axis, unit", [(0, math.hypot(3.9, 1.6)), (1, math.hypot(3.9, 1.6)), (2, 1.56)])
 @pytest.mark.parametrize("way", [1, -1])
 def test_descent_moves_the_box_towards_the_truth(axis, unit, way):
-    moved = [0.]*7; moved[axis] = way*.2
+    moved = [0.]*7; moved[axis] = way*.1
     maps = one_map(); loss = loss_of(maps, moved); loss.box.backward()
-    assert loss.box.item() == pytest.approx(2*(.2/unit)**2*4.5, rel=1e-4)
+    assert loss.box.item() == pytest.approx(2*(.1/unit)**2*4.5, rel=1e-4)
     assert maps.box.grad.flatten()[axis].sign().item() == -way
-    exact = [0.]*7; exact[axis] = way*.2/unit
+    exact = [0.]*7; exact[axis] = way*.1/unit
     assert loss_of(one_map(exact), moved).box.item() == pytest.approx(0, abs=1e-9)
     assert loss_of(one_map([-v for v in exact]), moved).box.item() > loss.box.item()
 
 
-@pytest.mark.parametrize("heading, turned_bin", [(.1, 1), (-.1, 1), (.1 + math.pi, 0), (-.1 + math.pi, 0)])
+@pytest.mark.parametrize("heading, turned_bin", [(.1, 1), (-.1, 1), (.1 + math.pi, 0), (-.1 + math.pi, 0), (1.2, 0), (-1.2, 1)])
 def test_heading_and_direction(heading, turned_bin):
     moved = [0.]*6 + [heading]
     maps = one_map(); loss_of(maps, moved).total().backward()
-    small = math.remainder(heading, math.pi)
-    assert maps.box.grad.flatten()[6].item()*math.sin(heading) < 0                      # sin(0 - heading): descent goes towards the truth
+    small = math.remainder(heading, math.pi)                                            # all that a code can tell
+    assert maps.box.grad.flatten()[6].item()*small < 0
     assert maps.dir.grad.flatten()[turned_bin] < 0 < maps.dir.grad.flatten()[1 - turned_bin]
     said = [0., 0.]; said[turned_bin] = 1.
     box = decode_with_direction(torch.tensor([0.]*6 + [small]), torch.tensor(said), SPOT.flatten(), ONE)
     assert math.remainder(box[6].item() - heading, 2*math.pi) == pytest.approx(0, abs=1e-5)
     wrong = decode_with_direction(torch.tensor([0.]*6 + [small]), torch.tensor(said[::-1]), SPOT.flatten(), ONE)
     assert abs(math.remainder(wrong[6].item() - heading, 2*math.pi)) == pytest.approx(math.pi, abs=1e-5)
+
+
+def test_assignment_by_hand():
+    "A car on the spot, a box out of reach, and classes in the order that the frame gives them."
+    out = SPOT.view(1, 7) + torch.tensor([100., 0, 0, 0, 0, 0, 0])
+    t = assign(SPOT, ONE, torch.cat([out, SPOT.view(1, 7)]), torch.tensor([0, 0]))
+    assert t.labels.item() == 1 and t.box_index.item() == 1
+    assert assign(SPOT, ONE, out, torch.tensor([0])).labels.item() == 0                 # overlaps nothing, forces nothing
+    grid = make_anchors(Head(centred=True), (0., 0., -3.), (8., 8., 1.), (1, 1))
+    boxes = grid[0, 0, [4, 0, 2]]
+    t = assign(grid, HEAD, boxes, torch.tensor([2, 0, 1]))
+    assert t.labels.flatten()[::2].tolist() == [1, 2, 3] and t.box_index.flatten()[::2].tolist() == [1, 2, 0]
+    assert t.labels.flatten()[1].item() == 0                                            # a car across: 2.56 of 9.92 m2
+
+
+@pytest.mark.parametrize("overlap, label", [(.61, 1), (.59, -1), (.46, -1), (.44, 0)])
+def test_thresholds(overlap, label):
+    row = SPOT.repeat(1, 2, 1, 1); shift = 3.9*(1 - overlap)/(1 + overlap)              # (3.9 - d)/(3.9 + d) = overlap
+    row[0, 1, 0, 0] += shift                                                            # the first anchor fits and is forced
+    assert assign(row, ONE, SPOT.view(1, 7), torch.tensor([0])).labels.flatten().tolist() == [1, label]
+
+
+def test_dense_response_by_hand():
+    "Two anchors, two classes, two frames: who counts, and by what it is divided."
+    z = torch.zeros
+    student = HeadMaps(z(2, 4, 1, 1), z(2, 14, 1, 1), z(2, 4, 1, 1))
+    teacher = HeadMaps(torch.tensor([[.6, .3, .01, .02], [.01, .02, .01, .02]]).logit().view(2, 4, 1, 1), z(2, 14, 1, 1), z(2, 4, 1, 1))
+    teacher.box[0, 0], teacher.box[0, 7], teacher.dir[0, 1] = 1., 1., 3.
+    got = dense_response_loss(student, teacher, Losses(cls=1., box=1., direction=1., normalise="sum"))
+    qfl = sum((p - .5)**2*math.log(2) for p in (.6, .3, .01, .02, .01, .02, .01, .02))
+    assert got.cls.item() == pytest.approx(qfl, rel=1e-5)
+    assert got.box.item() == pytest.approx(.9*(17/18)/2, rel=1e-5) and got.direction.item() == pytest.approx(.9*math.log(2)/2, rel=1e-5)
+    mean = dense_response_loss(student, teacher, Losses(cls=1., box=1., direction=1.))
+    assert mean.cls.item() == pytest.approx(qfl/2, rel=1e-5) and mean.box.item() == pytest.approx(got.box.item())
 
 
 def test_quality_target_is_iou_of_the_decoded_box():

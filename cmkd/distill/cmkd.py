@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['feature_loss', 'soft_boxes', 'CMKD']
 
-# %% ../../nbs/41_distill.cmkd.ipynb #1d7ea629
+# %% ../../nbs/41_distill.cmkd.ipynb #ffaf9d37
 from dataclasses import replace
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import Config
 from ..core import Batch
 from .base import Distiller, Terms
-from ..layers.anchors import dense_response_loss, detection_loss, detections
+from ..layers.anchors import HeadMaps, dense_response_loss, detection_loss, detections
 from ..taps import Taps
 
 # %% ../../nbs/41_distill.cmkd.ipynb #d41e9180
@@ -28,11 +28,10 @@ def feature_loss(
     error = (student.float() - teacher).square().mean()
     return error/teacher.square().mean().clamp(min=1e-6) if normalise else error
 
-# %% ../../nbs/41_distill.cmkd.ipynb #3e412c75
-def soft_boxes(teacher: Taps, anchors: Tensor, cfg: Config) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    "(boxes, scores, labels) of each frame: the teacher's detections with a score of at least `distill.score`."
-    found = detections(teacher.need("head"), anchors, replace(cfg.head, score=cfg.distill.score))
-    return tuple(map(list, zip(*found)))
+# %% ../../nbs/41_distill.cmkd.ipynb #6eacc8e1
+def soft_boxes(head: HeadMaps, anchors: Tensor, cfg: Config) -> list[tuple[Tensor, Tensor, Tensor]]:
+    "(boxes (K, 7), scores (K,), labels (K,)) of each frame: the teacher's detections with a score of at least `distill.score`."
+    return detections(head, anchors, replace(cfg.head, score=cfg.distill.score))
 
 # %% ../../nbs/41_distill.cmkd.ipynb #d1e4ba12
 class CMKD(Distiller):
@@ -44,7 +43,7 @@ class CMKD(Distiller):
         self.cfg, self.needs_labels = cfg, d.response == "hard"
         self.register_buffer("anchors", anchors, persistent=False)
         self.student_taps = ("bev",)*d.feature + ("head",)*(d.response != "none")
-        self.teacher_taps = ("bev",)*d.feature + ("head",)*(d.response in ("soft", "dense"))
+        self.teacher_taps = ("bev",)*d.feature + {"soft": ("soft",), "dense": ("head",)}.get(d.response, ())
 
     def response(self, student: Taps, teacher: Taps | None, batch: Batch) -> Terms:
         "L_res from soft boxes, raw maps or labels."
@@ -52,7 +51,7 @@ class CMKD(Distiller):
         if d.response == "dense": loss = dense_response_loss(maps, teacher.need("head"), d.losses, d.score)
         else:
             if d.response == "hard": boxes, labels, scores = batch.boxes, batch.labels, None
-            else: boxes, scores, labels = soft_boxes(teacher, self.anchors, self.cfg)
+            else: boxes, scores, labels = map(list, zip(*teacher.need("soft")))
             weights = scores if d.quality else None
             loss = detection_loss(maps, self.anchors, self.cfg.head, d.losses, boxes, labels, weights)
         return Terms(cls=loss.cls, box=loss.box, direction=loss.direction)

@@ -104,6 +104,7 @@ def _shared_3d(gt: Objects, det: Objects, g: np.ndarray, d: np.ndarray) -> dict:
     iou = lambda inter, k: inter/(a[:, 3:k].prod(1) + b[:, 3:k].prod(1) - inter)
     return {m: (g[v > 0], d[v > 0], v[v > 0]) for m, v in (("BEV", iou(shared, 5)), ("3D", iou(volume, 6)))}
 
+# %% ../../nbs/53_evaluate.kitti.ipynb #0cd7d78f
 def overlaps(
     labels: list[Objects],      # ground truth per frame, DontCare rows included
     detections: list[Objects],  # detections of the same frames

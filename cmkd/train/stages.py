@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Sets', 'first', 'open_sets', 'open_unlabelled', 'feed', 'length', 'cast', 'teacher_legs', 'boxes2d', 'depth_term',
-           'depth_legs', 'needs_teacher', 'load_teacher', 'student_legs', 'fit']
+           'depth_legs', 'needs_teacher', 'load_teacher', 'Shown', 'student_legs', 'fit']
 
-# %% ../../nbs/51_train.stages.ipynb #e1b792b6
+# %% ../../nbs/51_train.stages.ipynb #2aad9a86
+import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,19 +20,20 @@ from torch import Tensor, nn
 
 from ..boxes import corners
 from ..config import Config, Stage
-from ..core import Batch, Calibration, atomic, seed_everything
+from ..core import Batch, Calibration, atomic, device as pick_device, seed_everything
 from ..data import augment
 from ..data.dataset import FrameSet, Joined, Samples, loader, no_overlap
 from ..data.kitti import Kitti
 from ..data.kitti_raw import KittiRaw, object_to_raw, refuse_overlap
 from ..distill.base import Terms
-from ..distill.cmkd import CMKD
+from ..distill.cmkd import CMKD, soft_boxes
 from ..geometry import DepthBins
-from ..layers.anchors import detection_loss
+from ..layers.anchors import HeadMaps, detection_loss
 from ..layers.image import ImageBranch
 from ..layers.losses import depth_loss, foreground_mask, pool_depth
 from ..models.student import Student
 from ..models.teacher import Teacher, bev_grid
+from ..taps import Taps
 from .loop import Leg, Progress, train
 
 # %% ../../nbs/51_train.stages.ipynb #7e86997c
@@ -78,7 +80,7 @@ def feed(cfg: Config, frames: FrameSet, role: str, run: str, stage: Stage) -> tu
     change = (partial(augment.teacher, flip=d.flip, rotation=d.rotation, scaling=d.scaling) if role == "teacher"
               else partial(augment.student, flip=d.flip, mirror=d.mirror, photometric=d.photometric))
     if len(frames) < stage.batch: raise ValueError(f"{frames.name}/{frames.split} has {len(frames)} frames, fewer than one batch of {stage.batch}")
-    def batches(epoch, skip): return loader(samples, stage.batch, run, epoch, shuffle=True, augment=change, drop_last=True, start=skip)
+    def batches(epoch, skip): return iter(loader(samples, stage.batch, run, epoch, shuffle=True, augment=change, drop_last=True, start=skip))
     return batches, len(frames)//stage.batch
 
 def length(stage: Stage, per_epoch: int) -> int:
@@ -142,15 +144,45 @@ def load_teacher(cfg: Config, weights: Path) -> Teacher:
     teacher.load_state_dict(load_file(weights))
     return teacher.eval().requires_grad_(False)
 
-def student_legs(cfg: Config, sets: Sets, run: str, teacher: Teacher | None, depth: Path | None) -> tuple[nn.Module, list[Leg]]:
+class Shown:
+    "What the frozen teacher shows, computed once a sweep: a pure function of the points, so it may be remembered."
+    def __init__(self, teacher: Teacher, names: tuple[str, ...], cfg: Config, limit: float=2e9): # limit in bytes
+        self.teacher, self.names, self.cfg, self.room, self.known = teacher, names, cfg, limit, {}
+
+    @torch.no_grad()
+    def frame(self, points: Tensor) -> Taps: # (N, 5) of one frame, batch index 0
+        "The asked taps of one sweep, from memory when this very sweep was seen before."
+        key = hashlib.sha256(points.cpu().numpy().tobytes()).digest()
+        if key in self.known: return self.known[key]
+        full = self.teacher(Batch(["0"], points.new_zeros(1, 3, 1, 1), points.new_zeros(1, 2), points, *[points.new_zeros(1)]*3, None, None))
+        taps = Taps(bev=full.bev if "bev" in self.names else None, head=full.head if "head" in self.names else None,
+                    soft=soft_boxes(full.head, self.teacher.anchors, self.cfg) if "soft" in self.names else None)
+        size = sum(t.nbytes for t in (taps.bev, *(vars(taps.head).values() if taps.head else ())) if t is not None)
+        if self.room >= size: self.known[key], self.room = taps, self.room - size
+        return taps
+
+    def __call__(self, batch: Batch) -> Taps:
+        "The asked taps of a batch, sweep by sweep: the same bits whoever is its neighbour."
+        taps = []
+        for b in range(len(batch)):
+            points = batch.points[batch.points[:, 0] == b].clone(); points[:, 0] = 0
+            taps.append(self.frame(points))
+        joined = lambda name: torch.cat([getattr(t, name) for t in taps]) if getattr(taps[0], name) is not None else None
+        head = HeadMaps(*(torch.cat([getattr(t.head, k) for t in taps]) for k in ("cls", "box", "dir"))) if taps[0].head else None
+        return Taps(bev=joined("bev"), head=head, soft=[t.soft[0] for t in taps] if taps[0].soft else None)
+
+# %% ../../nbs/51_train.stages.ipynb #2194d34c
+def student_legs(cfg: Config, sets: Sets, run: str, teacher: Teacher | None, depth: Path | None, device: str="auto") -> tuple[nn.Module, list[Leg]]:
     "The student and its legs."
     seed_everything(run, "init")
     model = Student(cfg).to(memory_format=torch.channels_last)
     if cfg.pretrain: model.lifted.image.load_state_dict(load_file(depth))
-    distiller, asks = CMKD(cfg, model.anchors), cfg.distill.feature or cfg.distill.response in ("soft", "dense")
+    if teacher is not None: teacher.to(pick_device(device))
+    distiller = CMKD(cfg, model.anchors)
+    show = Shown(teacher, distiller.teacher_taps, cfg) if distiller.teacher_taps else lambda batch: None
 
     def step(net, batch, stage, upto):
-        with torch.no_grad(): shown = teacher.to(batch.images.device)(batch) if asks else None
+        shown = show(batch)
         with cast(stage, batch.images.device): taps = net(batch, upto)
         terms = distiller.to(batch.images.device)(taps, shown, batch)
         if cfg.distill.depth_weight: terms.depth = cfg.distill.depth_weight*depth_term(taps.depth_logits, batch, cfg)
@@ -166,9 +198,8 @@ def student_legs(cfg: Config, sets: Sets, run: str, teacher: Teacher | None, dep
         if not length(stage, n): continue
         upto = "bev" if name == "feature" and cfg.distill.feature else "head"
         legs.append(Leg(name, stage, length(stage, n), batches, n, partial(step, stage=stage, upto=upto), load_head if name == "full" else lambda: None))
-    taps = model.eval()(next(iter(legs[-1].batches(0, 0))))
-    if asks: distiller.check(taps, teacher(next(iter(legs[-1].batches(0, 0)))), sets.seen().labelled)
-    else: distiller.check(taps, None, sets.seen().labelled)
+    one = next(legs[-1].batches(0, 0))
+    with torch.no_grad(): distiller.check(model.eval()(one), show(one), frames.labelled)
     return model, legs
 
 # %% ../../nbs/51_train.stages.ipynb #138d56a3
@@ -190,7 +221,7 @@ def fit(
     elif role == "student":
         if needs_teacher(cfg) and teacher is None: raise ValueError("this student needs a teacher: pass the weights of a teacher's run")
         if cfg.pretrain and depth is None: raise ValueError("pretrain=true needs the weights of a depth run")
-        model, legs = student_legs(cfg, sets, run, load_teacher(cfg, teacher) if needs_teacher(cfg) else None, depth)
+        model, legs = student_legs(cfg, sets, run, load_teacher(cfg, teacher) if needs_teacher(cfg) else None, depth, device)
     else: raise ValueError(f"role must be 'teacher', 'depth' or 'student', got {role!r}")
     at = train(model, legs, folder, run, cfg.checkpoint_seconds, progress, device)
     with atomic(folder/"weights.safetensors") as temp: save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temp)

@@ -76,3 +76,17 @@ def page(api, path: str, size=(1400, 1200)):
             yield p, errors
         finally:
             browser.close()
+
+
+def run_all(p, tries: int=8) -> None:
+    "Run > Run All Cells, again until a cell has started: a click that comes before the kernel is ready is lost."
+    p.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=30_000)
+    p.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for(timeout=30_000)
+    started = "[...document.querySelectorAll('.jp-InputPrompt')].some(e => /\\[(\\*|\\d+)\\]/.test(e.textContent))"
+    for _ in range(tries):
+        p.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
+        p.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click(timeout=10_000)
+        try: return p.wait_for_function(started, timeout=2_500)
+        except Exception as e:
+            if "Timeout" not in type(e).__name__: raise
+    raise RuntimeError("JupyterLab did not run a cell")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from lab import lab, needs_browser, page  # noqa: E402
+from lab import lab, needs_browser, page, run_all  # noqa: E402
 
 LESSON = Path(__file__).resolve().parents[2]/"nbs/learn/01_pixels_to_ground.ipynb"
 READ = """plot => { const t = plot.data.find(t => t.name == 'belief');
@@ -22,10 +22,7 @@ def test_sliders_move_the_figure(tmp_path):
     shutil.copy(LESSON, tmp_path/"work")
     with lab(tmp_path/"work", tmp_path/"home") as (address, token), page(api, chromium) as (p, errors):
         p.goto(f"{address}/lab/tree/{LESSON.name}?token={token}&reset")
-        p.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=30_000)
-        p.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for(timeout=30_000)
-        p.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
-        p.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click(timeout=10_000)
+        run_all(p)
         out = p.locator(".jp-OutputArea-output:has(.noUi-handle)")
         out.locator(".js-plotly-plot .bars .point path").first.wait_for(state="attached", timeout=60_000)
         out.scroll_into_view_if_needed()

@@ -1,0 +1,32 @@
+# Two commands, each alone on a fresh clone with Python 3.11, make and pip:
+#   make run    the embedded world, the networks of the paper's Table 4 at smoke scale, the table
+#   make test   every check
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.made-from-the-lock
+export OMP_NUM_THREADS := 1
+export MKL_NUM_THREADS := 1
+
+.PHONY: run test env clean
+.DEFAULT_GOAL := run
+
+run: $(STAMP)
+	$(BIN)/cmkd run --scale smoke
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q tests/test_packaging.py tests/test_floors.py tests/test_notebooks.py
+	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest -q tests --ignore tests/test_packaging.py --ignore tests/test_floors.py --ignore tests/test_notebooks.py
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "cmkd needs Python 3.11, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c requirements.lock -e '.[dev]'
+	touch $@
+
+# What was made: the environment, rendered frames, smoke runs, executed notebooks. Published results stay.
+clean:
+	rm -rf .venv data build dist cmkd.egg-info .pytest_cache results/executed results/detections results/runs/smoke-*
+	rm -f results/tables/*smoke* results/figures/*smoke*
