@@ -1,0 +1,108 @@
+"The floors of the house: a notebook imports only from lower numbers, and some walls have no door."
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT/"nbs"
+LIBRARY = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
+TABLES = sorted((NBS/"tables").glob("*.ipynb"))
+LESSONS = sorted((NBS/"learn").glob("*.ipynb"))
+
+
+def code(path: Path, exported: bool=False) -> list[str]:
+    "The sources of a notebook's code cells, shell and magic lines left out."
+    cells = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    if exported: cells = [c for c in cells if re.search(r"^#\|\s*exports?\b", c, re.M)]
+    return ["\n".join(line for line in c.splitlines() if not re.match(r"\s*[%!]", line)) for c in cells]
+
+
+def module(path: Path) -> str:
+    "The module that a notebook exports, e.g. 'cmkd.data.kitti'."
+    return "cmkd." + re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(code(path)), re.M)[1]
+
+
+FLOOR = {module(p): int(p.name[:2]) for p in LIBRARY}
+
+
+def imports(sources: list[str]) -> set[str]:
+    "Every module that is imported, at the top or inside a function; for `from package import x` also package.x."
+    out = set()
+    for node in (n for s in sources for n in ast.walk(ast.parse(s))):
+        if isinstance(node, ast.Import): out |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom): out |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+    return out
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_imports_come_from_lower_numbers(path):
+    mine = int(path.name[:2])
+    for name in imports(code(path)) & set(FLOOR):
+        assert FLOOR[name] < mine or name == module(path), f"{path.name} imports {name} of floor {FLOOR[name]:02d}; move the code down or the notebook up"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_every_import_of_the_house_has_a_notebook(path):
+    packages = {".".join(m.split(".")[:i]) for m in FLOOR for i in range(1, m.count(".") + 1)}
+    for name in (n for n in imports(code(path)) if n.startswith("cmkd")):
+        assert name in FLOOR or name in packages or name.rpartition(".")[0] in FLOOR, f"{path.name} imports {name}, which no notebook exports"
+
+
+@pytest.mark.parametrize("inside, never, but", [
+    ("cmkd.layers.", "cmkd.data", ""),
+    ("cmkd.distill.", "cmkd.models", ""),
+    ("cmkd.models.", "cmkd.data", ""),
+])
+def test_walls(inside, never, but):
+    for path in LIBRARY:
+        if module(path).startswith(inside):
+            through = {n for n in imports(code(path, exported=True)) if n.startswith(never) and n != but}
+            assert not through, f"{path.name} imports {through}: {inside[:-1]} must not know {never}"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_exported_code_needs_no_workshop(path):
+    tools = {n for n in imports(code(path, exported=True)) if n.split(".")[0] in ("fastcore", "nbdev", "pytest", "execnb")}
+    assert not tools, f"{path.name} exports an import of {tools}: only tests may"
+
+
+ASKS = {"os.environ", "os.getenv", "os.getcwd", "Path.cwd", "time.time", "datetime.now", "datetime.utcnow"}
+
+
+@pytest.mark.parametrize("path", [p for p in LIBRARY if int(p.name[:2]) < 60], ids=lambda p: p.stem)
+def test_no_module_asks_the_world_on_its_own(path):
+    "Environment, working directory and calendar are for the ledger; `core.root` is where the project's folder is found."
+    seen = {ast.unparse(n) for s in code(path, exported=True) for n in ast.walk(ast.parse(s)) if isinstance(n, ast.Attribute)}
+    assert not seen & ASKS - ({"Path.cwd"} if module(path) == "cmkd.core" else set())
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+def test_tables_define_nothing(path):
+    "A table notebook asks for runs and shows them; a model, a loss or a metric lives in the library."
+    made = [n.name for s in code(path) for n in ast.walk(ast.parse(s)) if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+    assert not made, f"{path.name} defines {made}: move it into the library"
+    assert not {n.split(".")[0] for n in imports(code(path))} & {"torch", "spconv", "timm"}, f"{path.name} must not compute with networks"
+
+
+@pytest.mark.parametrize("path", TABLES + LESSONS, ids=lambda p: p.stem)
+def test_tables_and_lessons_export_nothing(path):
+    assert "#| export" not in "\n".join(code(path)) and "default_exp" not in "\n".join(code(path))
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_lessons_do_not_train(path):
+    assert not imports(code(path)) & {"cmkd.train.loop", "cmkd.train.stages"}
+
+
+def test_numbers_and_modules_are_unique():
+    assert len(FLOOR) == len(LIBRARY) and len({p.name[:2] for p in LIBRARY}) == len(LIBRARY)
+
+
+def test_the_test_notices(tmp_path):
+    "A notebook of floor 2 that imports floor 5 inside a function is seen."
+    cell = dict(cell_type="code", source="#| default_exp layers.bad\n#| export\n%time 1\ndef f():\n    from cmkd.train.loop import train")
+    (tmp_path/"20_layers.bad.ipynb").write_text(json.dumps(dict(cells=[cell])))
+    assert "cmkd.train.loop" in imports(code(tmp_path/"20_layers.bad.ipynb", exported=True)) and module(tmp_path/"20_layers.bad.ipynb") == "cmkd.layers.bad"

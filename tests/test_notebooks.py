@@ -1,0 +1,103 @@
+"The notebooks as files: small, clean, and in step with the package."
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ALL = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+LIBRARY = [p for p in ALL if re.match(r"\d\d_", p.name) and p.parent == ROOT/"nbs"]
+BIN = Path(sys.executable).parent
+
+
+def cells(path: Path, kind: str="code") -> list[dict]: return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+def source(cell: dict) -> str: return "".join(cell["source"])
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+def test_size(path):
+    for c in cells(path):
+        if re.search(r"^#\|\s*export", source(c), re.M):
+            assert source(c).count("\n") < 60, f"{path.name}: an export cell has over 60 lines, split it:\n{source(c)[:200]}"
+    assert len(cells(path)) <= 60, f"{path.name} has {len(cells(path))} code cells, 60 is the most"
+    assert path.stat().st_size <= 400e3, f"{path.name} is {path.stat().st_size/1e3:.0f} kB, 400 is the most"
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+def test_clean(path):
+    nb = json.loads(path.read_text())
+    assert nb["metadata"]["kernelspec"]["name"] == "python3", f"{path.name}: papermill needs a kernelspec"
+    assert all(c["execution_count"] is None for c in cells(path)), f"{path.name}: run nbdev_clean"
+    ids = [c["id"] for c in nb["cells"]]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_anatomy(path):
+    "A title and one line on what it is; what you have and what you get."
+    text = [source(c) for c in cells(path, "markdown")]
+    assert re.match(r"# \S.*\n\n> \S", text[0]), f"{path.name} begins with '# title', an empty line, '> one line'"
+    assert "**You have**" in "\n".join(text) or "**You get**" in "\n".join(text), f"{path.name}: say what you have and what you get"
+
+
+@pytest.mark.parametrize("path", [p for p in ALL if p.parent.name == "tables"], ids=lambda p: p.stem)
+def test_table_parameters(path):
+    "Exactly one cell is tagged; names and types can be read."
+    from cmkd.ledger.notebooks import declared
+    assert {"scale", "recipe", "seeds"} <= set(declared(path))
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for top in ("nbs", "cmkd") for p in sorted((folder/top).rglob("*"))
+            if p.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    "The notebooks and the package, where a test may change them."
+    to = tmp_path_factory.mktemp("copy")
+    for name in ("nbs", "cmkd"): shutil.copytree(ROOT/name, to/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "pyproject.toml", "README.md"): shutil.copy(ROOT/name, to/name)
+    return to
+
+
+def nbdev(folder: Path, command: str) -> None:
+    done = subprocess.run([BIN/f"nbdev_{command}"], cwd=folder, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(folder)))
+    assert done.returncode == 0, done.stderr
+
+
+def test_notebooks_and_package_in_step(copy):
+    "nbdev_export and nbdev_clean change nothing."
+    before = tree(ROOT)
+    nbdev(copy, "export"); nbdev(copy, "clean")
+    after = tree(copy)
+    changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    assert not changed, f"run nbdev_export && nbdev_clean: {changed}"
+
+
+def test_the_sync_test_notices(copy):
+    "A hand-edited module, a notebook that was not exported and dirty metadata are each put right by the two commands, so the test above sees them."
+    nbdev(copy, "export"); nbdev(copy, "clean")
+    good = tree(copy)
+    (copy/"cmkd"/"core.py").write_text((copy/"cmkd"/"core.py").read_text() + "\n# by hand\n")
+    book = copy/"nbs"/"01_config.ipynb"; nb = json.loads(book.read_text())
+    nb["cells"][1]["metadata"]["dirty"] = True
+    book.write_text(json.dumps(nb))
+    bad = tree(copy)
+    nbdev(copy, "export"); nbdev(copy, "clean")
+    assert bad != good and tree(copy) == good
+
+
+def test_the_parameters_tag_survives_cleaning(tmp_path, copy):
+    nb = dict(cells=[dict(cell_type="code", id="a", metadata=dict(tags=["parameters"], other=1), source="scale = 'smoke'", outputs=[], execution_count=3)],
+              metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")), nbformat=4, nbformat_minor=5)
+    path = copy/"nbs"/"zz_tagged.ipynb"; path.write_text(json.dumps(nb))
+    nbdev(copy, "clean")
+    kept = cells(path)[0]; path.unlink()
+    assert kept["metadata"] == dict(tags=["parameters"]) and kept["execution_count"] is None
