@@ -64,11 +64,11 @@ def iou_nearest(
     b: Tensor,      # (M, 7) lidar
 ) -> Tensor:        # (N, M) in [0, 1]
     "IoU of the snapped footprints, in the dtype of `a`."
-    p, q = nearest_bev(a)[:, None], nearest_bev(b)[None]
-    side = (torch.minimum(p[..., 2:], q[..., 2:]) - torch.maximum(p[..., :2], q[..., :2])).clamp_min(0)
-    inter = side[..., 0]*side[..., 1]
-    area = lambda r: (r[..., 2] - r[..., 0])*(r[..., 3] - r[..., 1])
-    return inter/(area(p) + area(q) - inter).clamp_min(1e-6)
+    p, q = nearest_bev(a).T.contiguous()[:, None], nearest_bev(b).T[:, :, None]   # (4, 1, N), (4, M, 1): long axis last
+    x = (torch.minimum(p[2], q[2]) - torch.maximum(p[0], q[0])).clamp_min(0)
+    y = (torch.minimum(p[3], q[3]) - torch.maximum(p[1], q[1])).clamp_min(0)
+    area = lambda r: (r[2] - r[0])*(r[3] - r[1])
+    return (x*y/(area(p) + area(q) - x*y).clamp_min(1e-6)).T
 
 # %% ../nbs/03_boxes.ipynb #255e26d9
 def _mean_above(y0: Tensor, y1: Tensor, level: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def belief(frame: Frame, bins: DepthBins, distribution: np.ndarray | Callable, s
 
 # %% ../nbs/64_widgets.ipynb #4e381f24
 PANELS = {"cell": (1, 1), "pixel": (1, 1), "belief": (2, 1), "LiDAR depth": (2, 1), "lifted": (2, 2), "ray": (2, 2), "LiDAR return": (2, 2)}
-BLUES = [[0, "rgba(0,114,240,.04)"], [.3, "rgba(0,114,240,.55)"], [1, "rgb(0,40,120)"]]
+BLUES = [[0, "rgba(0,114,240,0)"], [.02, "rgba(0,114,240,.15)"], [.3, "rgba(0,114,240,.6)"], [1, "rgb(0,40,120)"]]
 
 def pixel_traces(frame: Frame, bins: DepthBins, grid: Grid, distribution, state: PixelState, steps: int=4) -> tuple[list, str]:
     "The traces that follow `state`, in the order of `PANELS`, and a line that says what they show."
@@ -140,7 +140,7 @@ def pixel_traces(frame: Frame, bins: DepthBins, grid: Grid, distribution, state:
         go.Bar(name="belief", x=bins.centres, y=b.p, width=np.diff(bins.edges), marker=dict(color=COLOURS["student"], line=dict(color="white", width=.5)),
                showlegend=False, hovertemplate="%{x:.1f} m: %{y:.3f}<extra></extra>"),
         go.Scatter(name="LiDAR depth", x=seen.repeat(2), y=np.arange(2*len(seen)), mode="lines", line=dict(color="#555555", width=2, dash="dot"), **look),
-        bev_heat(np.where(heat > 1e-3*heat.max(), heat, np.nan), grid, name="lifted", colorscale=BLUES, zmin=0, zmax=max(heat.max(), 1e-6), showscale=False),
+        bev_heat(heat, grid, name="lifted", colorscale=BLUES, zmin=0, zmax=max(heat.max(), 1e-6), showscale=False),
         go.Scatter(name="ray", x=xyz[[0, -1], 1], y=xyz[[0, -1], 0], mode="lines", line=dict(color="#555555", width=1, dash="dot"), **look),
         go.Scatter(name="LiDAR return", x=hit[:, 1], y=hit[:, 0], mode="markers", marker=dict(symbol="circle-open", size=14, color="#555555", line_width=2), **look)]
     measured = "no LiDAR return here" if np.isnan(b.lidar) else f"LiDAR says {b.lidar:.1f} m"
@@ -201,7 +201,7 @@ class PixelToGround:
         refresh(self.figure, *pixel_traces(*self.of, self.state))
 
     def _repr_mimebundle_(self, **kwargs):
-        still = {"application/vnd.plotly.v1+json": json.loads(self.figure.to_json())}     # NaN is no JSON: plotly's own writer knows
+        still = {"application/vnd.plotly.v1+json": json.loads(self.figure.to_json())}
         return still | self.view._repr_mimebundle_(**kwargs)
 
 # %% ../nbs/64_widgets.ipynb #3a812938

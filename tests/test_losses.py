@@ -68,7 +68,7 @@ def test_smooth_l1_with_nan(g):
 
 
 def test_pool(golden):
-    n = np.load(golden/"n_pool.npz"); depth = torch.tensor(n["depth"])[None]
+    n = np.load(golden/"n_data_ops.npz"); depth = torch.tensor(n["depth"])[None]
     close(pool_depth(depth, 8)[0], n["depth_pool8"])
     near = pool_depth(depth, 8, how="min")[0]
     assert ((near > 0) == (pool_depth(depth, 8)[0] > 0)).all() and (near <= pool_depth(depth, 8)[0] + 1e-5).all()

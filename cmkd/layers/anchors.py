@@ -25,7 +25,7 @@ def make_anchors(
     shape: tuple[int, int],    # (Y, X) cells of the head's map
 ) -> Tensor:                   # (Y, X, A, 7) float32, lidar; A runs over class, then rotation
     "SECOND's anchors (section 3.2.1), one a cell, class and rotation."
-    low, high = (torch.tensor(v).double().tolist() for v in (low, high))   # rounded to float32 first, as SECOND does: ties depend on it
+    low, high = (torch.tensor(v).double().tolist() for v in (low, high))   # as float32, like SECOND: ties depend on it
     def line(lo, hi, n):
         if head.centred: return (lo + (torch.arange(n, dtype=torch.float64) + .5)*(hi - lo)/n).float()
         step = (hi - lo)/max(1, n - 1)
@@ -176,6 +176,7 @@ def detection_loss(
     weights: list[Tensor] | None=None,  # B x (M,) quality s_i; None is 1
 ) -> DetectionLosses:
     "CMKD Eq. 3 to 6: quality focal loss, smooth L1 of codes with the sine of the heading, direction bins."
+    if losses.targets not in ("assigned", "all"): raise ValueError(f"losses.targets must be 'assigned' or 'all', got {losses.targets!r}")
     cls, codes, directions = maps.flat()
     B, flat_anchors = len(cls), anchors.reshape(-1, 7)
     boxes = [b.to(cls) for b in boxes]

@@ -78,15 +78,13 @@ def page(api, path: str, size=(1400, 1200)):
             browser.close()
 
 
-def run_all(p, tries: int=8) -> None:
-    "Run > Run All Cells, again until a cell has started: a click that comes before the kernel is ready is lost."
-    p.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=30_000)
-    p.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for(timeout=30_000)
-    started = "[...document.querySelectorAll('.jp-InputPrompt')].some(e => /\\[(\\*|\\d+)\\]/.test(e.textContent))"
-    for _ in range(tries):
-        p.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
-        p.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click(timeout=10_000)
-        try: return p.wait_for_function(started, timeout=2_500)
-        except Exception as e:
-            if "Timeout" not in type(e).__name__: raise
-    raise RuntimeError("JupyterLab did not run a cell")
+READY = """() => { const text = q => document.querySelector(q)?.textContent ?? 'No Kernel', at = document.querySelector('.jp-Notebook-ExecutionIndicator');
+    return document.querySelector('.jp-Notebook .jp-CodeCell') && text('.jp-Toolbar-kernelName') != 'No Kernel'
+           && at && !['initializing', 'connecting', 'starting'].includes(at.dataset.status) }"""
+
+
+def run_all(p) -> None:
+    "Run > Run All Cells, once the notebook has its kernel: before that JupyterLab would ask for one."
+    p.wait_for_function(READY, timeout=60_000)
+    p.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
+    p.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
