@@ -6,7 +6,7 @@
 __all__ = ['PANELS', 'BLUES', 'temper', 'ray', 'splat', 'lidar_distribution', 'PixelState', 'Belief', 'belief', 'pixel_traces',
            'pixel_to_ground', 'refresh', 'PixelToGround', 'pixel_slides']
 
-# %% ../nbs/64_widgets.ipynb #a7a0b3eb
+# %% ../nbs/64_widgets.ipynb #610109fb
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from torch.nn.functional import avg_pool2d
 
 from .core import Frame
 from .draw import COLOURS, bev_axes, bev_boxes, bev_heat, bev_points, image_axes, image_boxes, thin
-from .geometry import DepthBins, Grid, img_to_lidar, lidar_to_img
+from .geometry import DepthBins, Grid, img_to_lidar, in_view, lidar_to_img
 
 # %% ../nbs/64_widgets.ipynb #6027043d
 def temper(
@@ -103,12 +103,12 @@ class Belief:
     lidar: float              # depth of the LiDAR return nearest to it in the picture, at most a cell away; NaN if none, m
 
 def belief(frame: Frame, bins: DepthBins, distribution: np.ndarray | Callable, state: PixelState) -> Belief:
-    "Look up the pixel of `state` in `distribution`: (D or D + 1, H', W') over the whole picture, or a function (u, v) -> (D or D + 1,)."
+    "Look up the pixel of `state` in `distribution`: (D or D + 1, H', W') square cells from the top left, or a function (u, v) -> (D or D + 1,)."
     H, W = frame.image.shape[:2]
     if callable(distribution): p, size, uv = distribution(state.u, state.v), np.ones(2), np.array([state.u, state.v])
     else:
         rows, cols = distribution.shape[1:]
-        size = np.array([W/cols, H/rows])
+        size = np.array([-(-W//cols), -(-H//rows)])
         c, r = np.minimum((np.array([state.u, state.v]) + .5)//size, [cols - 1, rows - 1]).astype(int)
         p, uv = distribution[:, r, c], (np.array([c, r]) + .5)*size - .5
     p = np.asarray(torch.as_tensor(p).detach().cpu(), np.float64)
@@ -152,7 +152,7 @@ def pixel_to_ground(
     frame: Frame,
     bins: DepthBins,
     grid: Grid,
-    distribution,         # (D or D + 1, H', W') over the whole picture, or a function (u, v) px -> (D or D + 1,)
+    distribution,         # (D or D + 1, H', W') square cells from the top left, or a function (u, v) px -> (D or D + 1,)
     state: PixelState,
 ) -> go.Figure:
     "A pixel in the picture; its depth distribution; where its feature lands (CMKD 3.2: outer product, then the ground)."
@@ -162,7 +162,7 @@ def pixel_to_ground(
     traces, said = pixel_traces(frame, bins, grid, distribution, state)
     draw = lambda t: fig.add_trace(t, *PANELS[t.name])
     draw(traces[4])
-    fig.add_trace(bev_points(thin(frame.points, 3000)), 2, 2)
+    fig.add_trace(bev_points(thin(frame.points[in_view(frame.points[:, :3], frame.calib, (H, W))], 2000)), 2, 2)
     if frame.objects is not None and len(frame.objects):
         fig.add_trace(image_boxes("truth", frame.objects, frame.calib), 1, 1)
         fig.add_trace(bev_boxes("truth", frame.objects).update(showlegend=False), 2, 2)
@@ -170,7 +170,7 @@ def pixel_to_ground(
     fig.update_layout(template="cmkd", width=900, height=tall + 560, title=dict(text=said, font_size=13), bargap=0)
     fig.update_xaxes(title="depth (m)", range=[0, bins.high], row=2, col=1)
     fig.update_yaxes(title="probability of the bin", range=[0, 1], row=2, col=1)
-    return bev_axes(image_axes(fig, frame.image, at=(1, 1)), grid, (2, 2))
+    return bev_axes(image_axes(fig, frame.image, min(1, 900/W), (1, 1)), grid, (2, 2))
 
 # %% ../nbs/64_widgets.ipynb #be340a2c
 def refresh(fig: go.Figure, traces: list, title: str) -> None:
@@ -187,10 +187,11 @@ class PixelToGround:
         H, W = frame.image.shape[:2]
         self.of, self.state = (frame, bins, grid, distribution), state or PixelState(W//2, H//2)
         self.figure = go.FigureWidget(pixel_to_ground(*self.of, self.state))
-        step = 1 if callable(distribution) else max(1, W//distribution.shape[2])
+        step = 1 if callable(distribution) else -(-W//distribution.shape[2])
+        snap = lambda x: int(x + .5)//step*step               # the same cell, on a stop of the slider
         look = dict(continuous_update=True, style=dict(description_width="initial"), layout=dict(width="290px"))
-        self.u = ipywidgets.IntSlider(round(self.state.u), 0, W - 1, step, description="u (px)", **look)
-        self.v = ipywidgets.IntSlider(round(self.state.v), 0, H - 1, step, description="v (px)", **look)
+        self.u = ipywidgets.IntSlider(snap(self.state.u), 0, W - 1, step, description="u (px)", **look)
+        self.v = ipywidgets.IntSlider(snap(self.state.v), 0, H - 1, step, description="v (px)", **look)
         self.temperature = ipywidgets.FloatLogSlider(self.state.temperature, min=np.log10(.2), max=np.log10(5), step=.05, description="T (sharp to blurred)", **look)
         for s in (self.u, self.v, self.temperature): s.observe(self.move, "value")
         self.view = ipywidgets.VBox([ipywidgets.HBox([self.u, self.v, self.temperature]), self.figure])

@@ -39,7 +39,7 @@ def declared(path) -> dict[str, object]:
     if not path.exists(): raise FileNotFoundError(f"{path}: no such notebook")
     defaults = assigned(parameters_cell(nbformat.read(path, as_version=4), path).source, path)
     seen = papermill.inspect_notebook(path)
-    if set(seen) != set(defaults): raise ValueError(f"{path}: papermill reads the parameters {sorted(seen)}, python reads {sorted(defaults)}; put one on a line")
+    if set(seen) != set(defaults): raise ValueError(f"{path}: papermill cannot read the parameter {', '.join(sorted(set(defaults) ^ set(seen)))}; write 'name = value  # plain words' on one line")
     if none := [k for k, v in defaults.items() if v is None]: raise ValueError(f"{path}: the default of {none} is None, which has no type; give it a value")
     return defaults
 
@@ -88,9 +88,9 @@ def package_key() -> str:
     return sha({str(p.relative_to(here)): digest(p) for p in sorted(here.rglob("*.py")) if p.name != "_modidx.py"})
 
 def folder_key(folder) -> str:
-    "Hash of the names, sizes and times of a folder's files: what changes when data change."
-    stat = lambda p: (s := p.stat()) and (s.st_size, s.st_mtime_ns)
-    return sha({str(p.relative_to(folder)): stat(p) for p in sorted(Path(folder).rglob("*")) if p.is_file()})
+    "Hash of a data folder: the content of its ImageSets, the names, sizes and times of its other files."
+    tell = lambda p: digest(p) if p.parent.name == "ImageSets" else [p.stat().st_size, p.stat().st_mtime_ns]
+    return sha({str(p.relative_to(folder)): tell(p) for p in sorted(Path(folder).rglob("*")) if p.is_file()})
 
 def key_of(path, values: dict, inputs=()) -> dict[str, str]:
     "What an executed notebook depends on before it has run."

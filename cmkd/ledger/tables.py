@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'DIFFICULTIES', 'SAME', 'HEADLINE', 'DASH', 'paper_rows', 
            'headline', 'side_by_side', 'per_class', 'cell', 'Shown', 'banner', 'dots', 'length', 'schedule', 'costs',
            'provenance', 'ap_table', 'saved_name', 'save_table']
 
-# %% ../../nbs/61_ledger.tables.ipynb #7c14772c
+# %% ../../nbs/61_ledger.tables.ipynb #4cdcead4
 import hashlib
 from dataclasses import dataclass
 from html import escape
@@ -19,7 +19,7 @@ from pandas import DataFrame
 from plotly.subplots import make_subplots
 
 from ..config import Config, Stage
-from ..core import atomic, root
+from ..core import CLASSES, atomic, root
 from ..draw import COLOURS
 from .runs import Run
 
@@ -97,9 +97,10 @@ def side_by_side(
 
 # %% ../../nbs/61_ledger.tables.ipynb #3f0d3a09
 def per_class(ours: DataFrame, order: list[str], metric: str="3D", difficulty: str="moderate") -> DataFrame:
-    "Mean AP of every class at every IoU: one line a row, one column a class and IoU."
+    "Mean AP: one line a row, one column a class and IoU, strict before loose."
     s = summary(pick(ours, metric=metric, difficulty=difficulty, recall="R40"))
-    columns = [f"{c} {i:g}" for c, i in s[["cls", "iou"]].drop_duplicates().itertuples(index=False)]
+    there = sorted(set(zip(s.cls, s.iou)), key=lambda k: (CLASSES.index(k[0]), -k[1]))
+    columns = [f"{c} {i:g}" for c, i in there]
     out = s.assign(column=[f"{c} {i:g}" for c, i in zip(s.cls, s.iou)]).pivot(index="row", columns="column", values="value")
     return out.reindex(index=order, columns=columns).rename_axis("row").rename_axis(None, axis=1)
 
@@ -125,17 +126,19 @@ class Shown:
         return [names] + [[cell(i)] + [cell(v, forms.get(c, ".2f")) for c, v in zip(self.frame.columns, line)]
                           for i, line in zip(self.frame.index, self.frame.astype(object).to_numpy())]
 
+    def left(self) -> list[bool]: # of each column: words stand left, numbers right
+        return [True] + [all(isinstance(v, str) for v in self.frame[c]) for c in self.frame.columns]
+
     def __str__(self) -> str:
         cells = self.cells(); wide = [max(map(len, column)) for column in zip(*cells)]
-        lines = ["  ".join(c.ljust(w) if j == 0 else c.rjust(w) for j, (c, w) in enumerate(zip(line, wide))) for line in cells]
-        return "\n".join([*filter(None, [self.title, self.banner]), lines[0], "-"*len(lines[0]), *lines[1:]])
+        lines = ["  ".join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(line, wide, self.left())).rstrip() for line in cells]
+        return "\n".join([*filter(None, [self.title, self.banner]), lines[0], "-"*max(map(len, lines)), *lines[1:]])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        pad = "padding:3px 12px;"
-        tag = lambda kind, j, c: f"<{kind} style='{pad}text-align:{'left' if j == 0 else 'right'}'>{escape(c)}</{kind}>"
-        head, *body = ["<tr>" + "".join(tag("th" if i == 0 else "td", j, c) for j, c in enumerate(line)) + "</tr>" for i, line in enumerate(self.cells())]
+        tag = lambda kind, c, left: f"<{kind} style='padding:3px 12px;text-align:{'left' if left else 'right'}'>{escape(c)}</{kind}>"
+        head, *body = ["<tr>" + "".join(tag("td" if i else "th", c, l) for c, l in zip(line, self.left())) + "</tr>" for i, line in enumerate(self.cells())]
         note = f"<div style='background:#fff3cd;color:#664d03;padding:6px 12px;border-left:4px solid #e0a800'>{escape(self.banner)}</div>" if self.banner else ""
         return f"<div><b>{escape(self.title)}</b>{note}<table style='border-collapse:collapse'><thead>{head}</thead><tbody>{''.join(body)}</tbody></table></div>"
 
