@@ -39,6 +39,7 @@ def folder_of(args: Namespace) -> Path:
 
 def config_of(args: Namespace) -> Config:
     "The config of a command."
+    if args.scale == "full" and args.data is None: raise ValueError("--scale full is for real data: add --data PATH, or take --scale mini")
     kind = "world" if args.data is None or is_world(Path(args.data)) else "kitti"
     named = [f"data.unlabelled={args.unlabelled}"] if args.unlabelled is not None else []
     return recipe("cmkd", args.recipe, args.scale, kind).override(*named, *args.sets)

@@ -68,7 +68,7 @@ class Losses:
     beta: float = 1/9                         # where smooth L1 turns from square to line
     gamma: float = 2.                         # exponent of quality focal loss
     targets: str = "assigned"                 # quality targets on the 'assigned' anchors or on 'all' that overlap a box
-    normalise: str = "positives"              # divide by positives a frame, then mean over frames; 'sum' adds frames up
+    normalise: str = "positives"              # divide by positives a frame, then mean over frames; 'sum' adds up the frames' class terms
 
 # %% ../nbs/01_config.ipynb #8b581c1b
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ MINI = (
     "bev.layers=[2, 2]", "bev.filters=[32, 48]", "bev.up_filters=[32, 32]",
     "teacher.channels=[8, 16, 24]", "teacher.out_channels=16",
     "student.backbone=resnet18",
-    'student.backbone_args={"layers": [1, 1, 1, 1], "channels": [24, 40, 56, 64], "stem_type": "deep", "stem_width": 8}',
+    'student.backbone_args={"layers": [1, 1, 1, 1], "channels": [32, 48, 64, 64], "stem_type": "deep", "stem_width": 8}',
     "student.reduced=24", "student.aspp=48", "student.rates=[2, 4, 6]", "student.dropout=0", "student.collapse=32", "student.blocks=2",
     "distill.feature_norm=true",
     "teacher_stage.epochs=0", "teacher_stage.steps=1000", "teacher_stage.batch=8", "teacher_stage.clip=10", "teacher_stage.warm=0.2",
@@ -271,7 +271,7 @@ KITTI = (
     "head.positive=[0.5, 0.35, 0.35]", "head.negative=[0.35, 0.2, 0.2]", "head.centred=true")
 SMOKE = (
     "teacher_stage.steps=24", "depth_stage.steps=12", "full_stage.steps=12", "teacher_stage.batch=4", "depth_stage.batch=4", "full_stage.batch=4",
-    "data.train_frames=24", "data.val_frames=12", "teacher.channels=[4, 8, 8]", "teacher.out_channels=8",
+    "teacher.channels=[4, 8, 8]", "teacher.out_channels=8",
     "bev.layers=[1, 1]", "bev.filters=[16, 16]", "bev.up_filters=[16, 16]", "student.collapse=16", "student.reduced=8", "student.aspp=16", "student.blocks=1")
 
 def recipe(method: str="cmkd", name: str="paper", scale: str="full", data: str="") -> Config:
