@@ -7,9 +7,10 @@ __all__ = ['FIRST', 'add_experiment', 'is_world', 'folder_of', 'config_of', 'doc
            'train', 'evaluate', 'add_model_commands', 'detect', 'draw', 'add_detect', 'notebook_of', 'table',
            'add_tables', 'parser', 'main']
 
-# %% ../nbs/65_cli.ipynb #fbce3d03
+# %% ../nbs/65_cli.ipynb #55233651
 import argparse, sys
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from .config import Config, recipe
@@ -63,9 +64,10 @@ def counts(words: list[str]) -> dict[str, int]:
 
 def render(args: Namespace) -> None:
     "Render the embedded world into a KITTI folder."
-    from cmkd.data.world import WorldConfig, write
+    from cmkd.data.world import write
+    from cmkd.ledger.runs import STREET
     splits = counts(args.splits) if args.splits else dict(train=args.frames)
-    write(Path(args.out), WorldConfig(seed=args.seed), splits, progress=True, workers=args.workers)
+    write(Path(args.out), replace(STREET, seed=args.seed, max_distance=args.max_distance), splits, progress=True, workers=args.workers)
     print(f"{sum(splits.values())} frames in {args.out}")
 
 def add_data_commands(sub) -> None:
@@ -78,6 +80,7 @@ def add_data_commands(sub) -> None:
     p.add_argument("--frames", type=int, default=100, metavar="N", help="so many frames, all in the split 'train' (default: 100)")
     p.add_argument("--splits", nargs="+", metavar="NAME=COUNT", help="the splits and their sizes instead, e.g. train=500 val=500 unlabelled=2000")
     p.add_argument("--seed", type=int, default=0, help="which world (default: 0)")
+    p.add_argument("--max-distance", type=float, default=27., metavar="M", help="no object further ahead (default: 27, where the space of scale mini ends; KITTI's own spread is 50)")
     p.add_argument("--workers", type=int, default=2, help="processes that render (default: 2)")
     p.set_defaults(run=render)
 
