@@ -67,7 +67,7 @@ class Losses:
     direction: float = .2
     beta: float = 1/9                         # where smooth L1 turns from square to line
     gamma: float = 2.                         # exponent of quality focal loss
-    targets: str = "assigned"                 # quality targets on the 'assigned' anchors or on 'all' that overlap a box
+    targets: str = "assigned"                 # a positive's class target: IoU of its decoded box ('assigned'), the 'label's score, IoU for 'all' that overlap
     normalise: str = "positives"              # divide by positives a frame, then mean over frames; 'sum' adds up the frames' class terms
 
 # %% ../nbs/01_config.ipynb #8b581c1b

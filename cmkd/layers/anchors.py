@@ -176,7 +176,7 @@ def detection_loss(
     weights: list[Tensor] | None=None,  # B x (M,) quality s_i; None is 1
 ) -> DetectionLosses:
     "CMKD Eq. 3 to 6: quality focal loss, smooth L1 of codes with the sine of the heading, direction bins."
-    if losses.targets not in ("assigned", "all"): raise ValueError(f"losses.targets must be 'assigned' or 'all', got {losses.targets!r}")
+    if losses.targets not in ("assigned", "label", "all"): raise ValueError(f"losses.targets must be 'assigned', 'label' or 'all', got {losses.targets!r}")
     cls, codes, directions = maps.flat()
     B, flat_anchors = len(cls), anchors.reshape(-1, 7)
     boxes = [b.to(cls) for b in boxes]
@@ -191,9 +191,10 @@ def detection_loss(
     code = smooth_l1(*sine_difference(codes[b, n], encode(box, flat_anchors[n])), losses.beta).sum(1)
     front = direction_loss(directions[b, n], direction_targets(box[:, 6], head.direction_offset))
     with torch.no_grad():
-        if losses.targets == "assigned":
+        if losses.targets != "all":
             y, w, touching = torch.zeros_like(cls), (label >= 0).float(), positives
-            y[b, n, label[b, n] - 1] = iou_3d(decode_with_direction(codes[b, n], directions[b, n], flat_anchors[n], head), box, paired=True)
+            y[b, n, label[b, n] - 1] = s if losses.targets == "label" else iou_3d(
+                decode_with_direction(codes[b, n], directions[b, n], flat_anchors[n], head), box, paired=True)
             w[b, n] = s
         else: y, w, touching = quality_targets(decode_boxes(maps, anchors, head), cls.shape, boxes, labels, weights)
     score = (quality_focal_loss(cls, y, losses.gamma).sum(-1)*w).sum(1)/touching.clamp_min(1)

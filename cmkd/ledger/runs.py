@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'WORLDS', 'STREET', 'parents', 'run_name', 'config_of', 'command', 'sha256', 'Run', 'load', 'git_state',
            'versions', 'hardware', 'cpu_seconds', 'peak_memory_mb', 'measured', 'add_sessions', 'locked', 'truth',
-           'height_scale', 'judge', 'manifests', 'same_data', 'described', 'utc', 'at_hand', 'fit_or_load', 'world']
+           'height_scale', 'judge', 'manifests', 'same_data', 'described', 'utc', 'at_hand', 'fit_or_load', 'world',
+           'judged_on']
 
-# %% ../../nbs/60_ledger.runs.ipynb #a0721e6e
+# %% ../../nbs/60_ledger.runs.ipynb #751c540c
 import fcntl, hashlib, json, os, platform, resource, shlex, subprocess, sys, time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -245,3 +246,9 @@ def world(scale: str, folder=None, progress: bool=True) -> Path: # a folder in K
     folder = Path(folder or root()/"data"/f"world-{scale}")
     write(folder, STREET, WORLDS[scale], progress=progress, workers=2)
     return folder
+
+# %% ../../nbs/60_ledger.runs.ipynb #67d7672d
+def judged_on(run: Run, frames: FrameSet) -> Run:
+    "The same run with its AP on `frames`, for looking at; `data.val` names them."
+    ap = judge(run.config, run.record["role"], run.weights, frames, progress=False)
+    return replace(run, record=run.record | dict(ap=ap, config=run.record["config"] | {"data.val": frames.split}))
