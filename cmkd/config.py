@@ -119,7 +119,7 @@ class Distill:
     quality: bool = True                      # s_i in Eq. 4 and 5
     score: float = .1                         # soft boxes and dense anchors below are not learned from
     depth_weight: float = 0.                  # joint depth loss while the student trains
-    losses: Losses = Losses()
+    losses: Losses = Losses(targets="label")  # C^soft of Eq. 5 is read as the soft label's score (1 for a hard label)
 
 @dataclass(frozen=True)
 class Depth:
@@ -245,30 +245,29 @@ RELEASE = (
     "student.backbone=resnet50", "student.feature_level=3", "student.collapse=128", "student.align=false",
     "student.blocks=4", "student.block=released", "student.align_corners=false",
     "distill.feature_weight=32", "distill.response=dense", "distill.depth_weight=0.5", "distill.losses.cls=2",
-    "distill.losses.direction=0.4", "distill.losses.normalise=sum", "depth.weight=1", "depth.foreground=1", "depth.mask_invalid=false",
+    "distill.losses.direction=0.4", "distill.losses.targets=assigned", "distill.losses.normalise=sum", "depth.weight=1", "depth.foreground=1", "depth.mask_invalid=false",
     "pretrain=false")
 
 # %% ../nbs/01_config.ipynb #3c41dd8e
 MINI = (
     "data.photometric=0.2", "data.rotation=0.3", "data.scaling=0.05", "space.max_voxels=12000",
+    "head.bottoms=[-1.73, -1.73, -1.73]", "head.positive=[0.5, 0.3, 0.3]", "head.negative=[0.35, 0.15, 0.15]", "head.centred=true",
     "bev.layers=[2, 2]", "bev.filters=[32, 48]", "bev.up_filters=[32, 32]",
     "teacher.channels=[8, 16, 24]", "teacher.out_channels=16",
     "student.backbone=resnet18",
     'student.backbone_args={"layers": [1, 1, 1, 1], "channels": [32, 48, 64, 64], "stem_type": "deep", "stem_width": 8}',
     "student.reduced=24", "student.aspp=48", "student.rates=[2, 4, 6]", "student.dropout=0", "student.collapse=32", "student.blocks=2",
     "distill.feature_norm=true",
-    "teacher_stage.epochs=0", "teacher_stage.steps=1000", "teacher_stage.batch=8", "teacher_stage.clip=10", "teacher_stage.warm=0.2",
+    "teacher_stage.epochs=0", "teacher_stage.steps=2000", "teacher_stage.batch=8", "teacher_stage.clip=10", "teacher_stage.warm=0.2",
     "depth_stage.epochs=0", "depth_stage.steps=400", "depth_stage.lr=3e-3", "depth_stage.batch=8", "depth_stage.warm=0.2", "depth_stage.precision=bf16",
     "feature_stage.epochs=0", "feature_stage.steps=0", "feature_stage.batch=8", "feature_stage.precision=bf16",
-    "full_stage.epochs=0", "full_stage.steps=1000", "full_stage.lr=3e-3", "full_stage.batch=8", "full_stage.warm=0.2", "full_stage.precision=bf16")
+    "full_stage.epochs=0", "full_stage.steps=1400", "full_stage.lr=3e-3", "full_stage.batch=8", "full_stage.warm=0.2", "full_stage.precision=bf16")
 WORLD = (
     "data.kind=world", "data.unlabelled=unlabelled", "space.low=[2, -12.8, -3]", "space.high=[27.6, 12.8, 1]",
     "space.lidar_voxel=[0.16, 0.16, 0.2]", "space.image_voxel=[0.64, 0.64, 0.5]", "space.bev_cell=0.64",
-    "space.depth=[2, 28.4]", "space.depth_bins=32",
-    "head.positive=[0.5, 0.35, 0.35]", "head.negative=[0.35, 0.2, 0.2]", "head.centred=true")
+    "space.depth=[2, 28.4]", "space.depth_bins=32")
 KITTI = (
-    "data.image_size=[188, 621]", "space.lidar_voxel=[0.16, 0.16, 0.2]", "space.image_voxel=[0.64, 0.64, 0.5]", "space.bev_cell=0.64",
-    "head.positive=[0.5, 0.35, 0.35]", "head.negative=[0.35, 0.2, 0.2]", "head.centred=true")
+    "data.image_size=[188, 621]", "space.lidar_voxel=[0.16, 0.16, 0.2]", "space.image_voxel=[0.64, 0.64, 0.5]", "space.bev_cell=0.64")
 SMOKE = (
     "teacher_stage.steps=24", "depth_stage.steps=12", "full_stage.steps=12", "teacher_stage.batch=4", "depth_stage.batch=4", "full_stage.batch=4",
     "teacher.channels=[4, 8, 8]", "teacher.out_channels=8",
