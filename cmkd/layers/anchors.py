@@ -6,10 +6,11 @@
 __all__ = ['make_anchors', 'anchor_class', 'Targets', 'assign', 'HeadMaps', 'AnchorHead', 'decode_with_direction', 'decode_boxes',
            'detections', 'DetectionLosses', 'quality_targets', 'detection_loss', 'dense_response_loss']
 
-# %% ../../nbs/23_layers.anchors.ipynb #e639dc56
+# %% ../../nbs/23_layers.anchors.ipynb #57b4c896
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ def make_anchors(
     shape: tuple[int, int],    # (Y, X) cells of the head's map
 ) -> Tensor:                   # (Y, X, A, 7) float32, lidar; A runs over class, then rotation
     "SECOND's anchors (section 3.2.1), one a cell, class and rotation."
-    low, high = (torch.tensor(v).double().tolist() for v in (low, high))   # as float32, like SECOND: ties depend on it
+    low, high = (np.float32(v).tolist() for v in (low, high))   # as float32, like SECOND: ties depend on it
     def line(lo, hi, n):
         if head.centred: return (lo + (torch.arange(n, dtype=torch.float64) + .5)*(hi - lo)/n).float()
         step = (hi - lo)/max(1, n - 1)
