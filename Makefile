@@ -7,7 +7,7 @@ STAMP := .venv/.made-from-the-lock
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: run test env clean
+.PHONY: run test env readme clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -19,6 +19,9 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q tests --ignore tests/test_packaging.py --ignore tests/test_floors.py --ignore tests/test_notebooks.py
 
 env: $(STAMP)
+
+readme: $(STAMP)
+	$(BIN)/python -c "from pathlib import Path; from cmkd.ledger.notebooks import as_markdown; Path('README.md').write_text(as_markdown('nbs/index.ipynb'))"
 
 $(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "cmkd needs Python 3.11, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'

@@ -101,3 +101,9 @@ def test_the_parameters_tag_survives_cleaning(tmp_path, copy):
     nbdev(copy, "clean")
     kept = cells(path)[0]; path.unlink()
     assert kept["metadata"] == dict(tags=["parameters"]) and kept["execution_count"] is None
+
+
+def test_readme_is_the_front_door():
+    "README.md is index.ipynb as text."
+    from cmkd.ledger.notebooks import as_markdown
+    assert (ROOT/"README.md").read_text() == as_markdown(ROOT/"nbs"/"index.ipynb"), "make readme"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIME', 'parameters_cell', 'assigned', 'declared', 'asked', 'digest', 'outcome', 'outcome_of', 'sha', 'source_key',
            'package_key', 'folder_key', 'key_of', 'unchanged', 'settled', 'execute', 'echoed', 'run_notebook',
-           'printed']
+           'printed', 'as_markdown']
 
 # %% ../../nbs/63_ledger.notebooks.ipynb #592c12dc
 import ast, hashlib, json, os, sys, time
@@ -153,3 +153,9 @@ def run_notebook(
 def printed(out: Path) -> str:
     "The table of an executed notebook, as text."
     return json.loads(Path(out).with_suffix(".key.json").read_text())["text"]
+
+# %% ../../nbs/63_ledger.notebooks.ipynb #6cf2bdb4
+def as_markdown(path) -> str:
+    "The cells of a notebook, without outputs, as one Markdown page."
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n\n".join(c.source if c.cell_type == "markdown" else f"```python\n{c.source}\n```" for c in cells) + "\n"

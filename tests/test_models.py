@@ -1,0 +1,229 @@
+"Teacher and student: the released networks' numbers, and does a pixel land where geometry says?"
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmkd.config import recipe
+from cmkd.core import Batch, Boxes, Calibration, Frame
+from cmkd.data.augment import flip_sample
+from cmkd.data.dataset import collate, prepare
+from cmkd.distill.cmkd import CMKD
+from cmkd.layers.image import ImageMaps
+from cmkd.layers.sparse import voxelize
+from cmkd.models.student import ImageToBev, Student
+from cmkd.models.teacher import Teacher, bev_channels, bev_grid, lidar_grid
+from cmkd.train.stages import Shown, depth_term
+from golden.det import det_fill, det_state, detu
+
+# --- the released networks, name by name ---
+
+NAMES = [(r"^lifted\.image\.backbone\.net\.", "vfe.ffn.ddn.model.backbone."), (r"^lifted\.image\.aspp\.", "vfe.ffn.ddn.model.classifier.0."),
+         (r"^lifted\.image\.classify\.(\d)\b", lambda m: f"vfe.ffn.ddn.model.classifier.{int(m[1]) + 1}"),
+         (r"^lifted\.image\.reduce\.0", "vfe.ffn.channel_reduce.conv"), (r"^lifted\.image\.reduce\.1", "vfe.ffn.channel_reduce.bn"),
+         (r"^lifted\.collapse\.0", "map_to_bev_module.block.conv"), (r"^lifted\.collapse\.1", "map_to_bev_module.block.bn"),
+         (r"^adapt\.", "domain_adaptation."), (r"^backbone3d\.", "backbone_3d."), (r"^bev2d\.", "backbone_2d."), (r"^head\.", "dense_head.")]
+
+
+def released_name(key: str) -> str:
+    for ours, theirs in NAMES:
+        if re.match(ours, key): return re.sub(ours, theirs, key)
+    raise AssertionError(f"{key} has no counterpart in the released code")
+
+
+def fill(model: nn.Module, prefix: str="") -> nn.Module:
+    model.load_state_dict({k: det_state(prefix + released_name(k), v.shape).to(v.dtype) for k, v in model.state_dict().items()})
+    return model
+
+
+def released_student(*changes: str) -> Student:
+    model = fill(Student(recipe(name="release").override(*changes)))
+    with torch.no_grad(): model.lifted.image.reduce[1].weight *= 20; model.lifted.image.classify[3].weight *= 8
+    return model
+
+
+def close(a, b, tol): np.testing.assert_allclose(torch.as_tensor(a).detach().numpy(), b, atol=tol, rtol=tol)
+
+
+def test_released_teacher(golden):
+    i = np.load(golden/"i_teacher_small.npz"); model = fill(Teacher(recipe(name="release"))).eval(); p = torch.tensor(i["points"])
+    with torch.no_grad(): taps = model(Batch(["0"], torch.zeros(1, 3, 1, 1), torch.zeros(1, 2), F.pad(p, (1, 0)), *[torch.zeros(1)]*3, None, None))
+    d = taps.bev.double(); close([d.mean(), d.std(), d.abs().sum(), d.min(), d.max()], i["spatial_stats"], 1e-5)
+    close(taps.head.cls.permute(0, 2, 3, 1)[:, ::8, ::8], i["cls_sub"], 1e-4)
+
+
+def test_released_student(golden):
+    "Picture to head, at 96 x 320 and the paper's space: frustum, BEV, class, box and direction maps (golden l)."
+    z, model = np.load(golden/"l_student_reduced.npz"), released_student().eval()
+    with torch.no_grad():
+        model.head.conv_cls.weight *= 6; model.head.conv_box.weight *= .3
+        taps = model(Batch(["0"], detu("l.reduced.img", (1, 3, 96, 320)), torch.tensor([[96, 320]]), torch.zeros(0, 5), torch.tensor(z["lidar_to_cam"]), torch.tensor(z["P2"]), torch.zeros(1, 96, 320), None, None))
+    depth = ImageMaps(taps.features, taps.depth_logits).depth
+    close((taps.features[0, ::16, None, ::3, ::4]*depth[0, None, ::12, ::3, ::4]), z["frustum_sub"], 1e-4)
+    close(taps.bev[0, ::16, ::4, ::4], z["bev"], 1e-4)
+    assert np.ptp(z["bev"], axis=(1, 2)).max() > .1                              # the picture is seen
+    rows = {k: getattr(taps.head, k)[0].permute(1, 2, 0)[::4, ::4] for k in ("cls", "dir", "box")}
+    close(rows["cls"], z["cls"], 1e-4); close(rows["dir"], z["dir"], 1e-4); close(rows["box"][::2, ::2], z["box"], 1e-4)
+
+
+def test_released_training_step(golden):
+    "Every loss term of the full stage of the recipe `release`, and the gradients' norms (golden l)."
+    z, cfg = np.load(golden/"l_train_stage2_V2.npz"), recipe(name="release")
+    rig, model = np.load(golden/"l_student_reduced.npz"), released_student("student.dropout=0").train()
+    teacher = fill(Teacher(cfg), "T.").eval().requires_grad_(False)
+    kept = torch.arange(5) < torch.tensor(z["voxel_num_points"])[:, None]
+    frame = torch.tensor(z["voxel_coords"])[:, :1, None].expand(-1, 5, 1).float()
+    points = torch.cat([frame, torch.tensor(z["voxels"])], 2)[kept]
+    assert len(voxelize(points, teacher.grid)[0]) == len(z["voxels"])
+    depth = torch.zeros(2, 96, 320); depth[:, ::8, ::8] = detu("l.train.depth", (2, 12, 40), 0, 60)*(detu("l.train.dmask", (2, 12, 40)) >= .6)
+    batch = Batch(["0", "1"], detu("l.train.img", (2, 3, 96, 320)), torch.tensor([[96, 320]]*2), points, *(torch.tensor(rig[k]).expand(2, -1, -1) for k in ("lidar_to_cam", "P2")), depth, None, None)
+    distiller = CMKD(cfg, model.anchors)
+    taps = model(batch); terms = distiller(taps, Shown(teacher, distiller.teacher_taps, cfg)(batch), batch)
+    terms.depth = cfg.distill.depth_weight*depth_term(taps.depth_logits, batch, cfg)
+    want = dict(zip(z["tb_names"], z["tb_values"]))
+    for ours, theirs in (("feature", "bev_loss"), ("cls", "rpn_loss_cls"), ("box", "rpn_loss_loc"), ("direction", "rpn_loss_dir"), ("depth", "loss_depth")):
+        close(getattr(terms, ours), want[theirs], 1e-5)
+    close(terms.total(), z["loss"], 1e-5)
+    terms.total().backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 10.); close(norm, z["grad_norm_before_clip"], 3e-3)
+    grads = {released_name(k): p.grad.double() for k, p in model.named_parameters()}
+    assert set(grads) == set(z["grad_names"])
+    for name, (_, std, size, *_) in zip(z["grad_names"], z["grad_stats"]):
+        if size > 1e-5: close(grads[name].abs().sum()/size, 1., 2e-2)            # smaller ones are rounding: biases before a batch norm
+    head = grads["dense_head.conv_box.bias"][:2000]; close(head, z["grad__dense_head__conv_box__bias"], 2e-5)
+
+
+# --- shapes at the paper's size ---
+
+@pytest.mark.parametrize("name, voxels", [("paper", (25, 376, 280)), ("release", (10, 188, 140))])
+def test_full_size(name, voxels):
+    "The student on the meta device; the teacher's sparse part on a few points, the rest on meta."
+    cfg = recipe(name=name)
+    with torch.device("meta"):
+        student = Student(cfg).eval()
+        bev = student.adapt(student.align(student.lifted.collapse(torch.zeros(1, cfg.student.reduced*voxels[0], *voxels[1:])))); head = student.head(student.bev2d(bev))
+    assert student.lifted.grid.shape == voxels and lidar_grid(cfg.space).shape == (40, 1504, 1120) and bev_grid(cfg.space).shape == (1, 188, 140)
+    assert bev.shape == (1, 128, 188, 140) and bev_channels(cfg) == 128 and student.anchors.shape == (188, 140, 6, 7)
+    assert [m.shape[1:] for m in (head.cls, head.box, head.dir)] == [(18, 188, 140), (42, 188, 140), (12, 188, 140)]
+    if name == "release": assert sum(p.numel() for p in student.parameters()) + sum(b.numel() for n, b in student.named_buffers() if "running" in n) > 45.0e6
+    teacher = Teacher(cfg).eval(); points = torch.tensor([[0, 20., 3, -1, .5], [0, 30, -8, -.5, .1]])
+    with torch.no_grad(): mine = teacher.backbone3d(*voxelize(points, teacher.grid), 1)
+    assert mine.flatten(1, 2).shape == bev.shape
+    active = (mine[0] != 0).flatten(0, 1).any(0); assert active.sum() < 60
+    for y, x in ((103, 56), (69, 87)): assert active[y - 1:y + 2, x - 1:x + 2].any()   # (3 + 30.08)/.32, (20 - 2)/.32
+
+
+@pytest.mark.parametrize("scale", ["smoke", "mini", "full"])
+@pytest.mark.parametrize("name", ["paper", "release"])
+def test_teacher_fits_student(scale, name):
+    "After the lift they are one architecture, whatever the scale and recipe; anchors are the same boxes."
+    cfg = recipe(name=name, scale=scale)
+    with torch.device("meta"): a, b = Teacher(cfg), Student(cfg)
+    for part in ("bev2d", "head"):
+        shapes = [{k: v.shape for k, v in getattr(m, part).state_dict().items()} for m in (a, b)]
+        assert shapes[0] == shapes[1] and len(shapes[0]) > 5
+    assert a.anchors.shape == b.anchors.shape and a.anchors.shape[:2] == bev_grid(cfg.space).shape[1:]
+
+
+# --- a pixel lands where geometry says ---
+
+KITTI = Calibration([[721.5377, 0, 609.5593, 44.85728], [0, 721.5377, 172.854, .2163791], [0, 0, 1, .002745884]],
+                    [[.9999239, .00983776, -.00744505], [-.0098698, .9999421, -.00427846], [.00740253, .00435161, .9999631]],
+                    [[.007533745, -.9999714, -.000616602, -.004069766], [.01480249, .0007280733, -.9998902, -.07631618], [.9998621, .00752379, .01480755, -.2717806]])
+TOY = Calibration([[185.9, 0, 157, 11], [0, 185.9, 44, .06], [0, 0, 1, .003]], np.eye(3), [[0, -1, 0, 0], [0, 0, -1, -.08], [1, 0, 0, -.27]])
+EVEN = Calibration([[185.9, 0, 159.5, 0], [0, 185.9, 44, 0], [0, 0, 1, 0]], np.eye(3), [[0, -1, 0, 0], [0, 0, -1, -.08], [1, 0, 0, -.27]])
+PLACES = [(11., 3.2, -.6), (17., -5., -.2), (24.5, .6, -.8)]                     # lidar, m: the middles of three upright boards
+
+
+class Sum(nn.Module):
+    def forward(self, x): return x.sum(1, keepdim=True)
+
+
+class Eye(nn.Module):
+    "An image branch that sees perfectly: a cell shows the pixel under its centre, and knows its depth."
+    def __init__(self, stride, bins, depth): super().__init__(); self.stride, self.bins, self.depth = stride, bins, depth
+    def forward(self, images, sizes):
+        s = self.stride
+        k = self.bins.target(self.depth[:, ::s, ::s])
+        return ImageMaps(images[:, :1, ::s, ::s].clone(), 50*F.one_hot(k, self.bins.count + 1).permute(0, 3, 1, 2).float())
+
+
+def board(place, rig, size, grown=1.) -> Frame:
+    "A black picture with one white board, 2.4 m wide and 1.6 m high, that faces the scanner, and its LiDAR points."
+    y, z = (a.ravel() for a in np.meshgrid(np.linspace(-1.2, 1.2, 25), np.linspace(-.8, .8, 17)))
+    points = np.stack([place[0] + 0*y, place[1] + y, place[2] + z, 0*y], 1)
+    cam = points[:, :3] @ (rig.R0_rect @ rig.Tr_velo_to_cam[:, :3]).T + rig.R0_rect @ rig.Tr_velo_to_cam[:, 3]
+    p = cam @ rig.P2[:, :3].T + rig.P2[:, 3]; (l, t), (r, b) = (p[:, :2]/p[:, 2:]).min(0), (p[:, :2]/p[:, 2:]).max(0)
+    image = np.zeros((*size, 3), np.uint8); image[round(t):round(b) + 1, round(l):round(r) + 1] = 255
+    return Frame("0", image, points.astype(np.float32), rig, Boxes([[*place, .2, 2.4, 1.6, .3]], ["Car"]))
+
+
+def lifted(cfg, samples, stride):
+    "(B, Y, X) light from above: the student's lift after a perfect image branch."
+    with torch.device("meta"): net = ImageToBev(cfg)
+    batch = collate(samples)
+    depth = torch.stack([torch.where(s.image[0] > 0, s.depth[s.depth > 0].mean(), 0.) for s in samples])
+    net.image, net.collapse = Eye(stride, net.bins, depth), Sum()
+    return net, net.eval()(batch)[1][:, 0].double()
+
+
+def middle(grid, light):
+    x, y = grid.centres()[0, ..., 0], grid.centres()[0, ..., 1]
+    return torch.stack([(light*x).sum((1, 2)), (light*y).sum((1, 2))], 1)/light.sum((1, 2))[:, None]
+
+
+@pytest.mark.parametrize("flip", [False, True], ids=["", "flipped"])
+@pytest.mark.parametrize("cfg, rig, size, stride, tolerance", [
+    (recipe(scale="mini"), TOY, (96, 320), 4, (.25, .08)),
+    (recipe(scale="mini", data="kitti"), KITTI, (375, 1242), 4, (.15, .06)),
+    (recipe(scale="full"), KITTI, (375, 1242), 4, (.10, .03)),
+    (recipe(name="release", scale="full"), KITTI, (375, 1242), 8, (.20, .40)),
+], ids=["world", "kitti-mini", "paper", "release"])
+def test_light_lands_where_the_points_are(cfg, rig, size, stride, tolerance, flip):
+    "Camera and LiDAR meet in one BEV cell, before and after the joint mirror; tolerance in metres, across (y) and along (x)."
+    samples = [prepare(board(p, rig, size), image_size=cfg.data.image_size) for p in PLACES]
+    if flip: samples = [flip_sample(s, cfg.data.mirror) for s in samples]
+    net, light = lifted(cfg, samples, stride)
+    assert (light.sum((1, 2)) > 0).all()
+    truth = torch.stack([s.points[:, :2].double().mean(0) for s in samples])
+    depth = torch.stack([s.depth[s.depth > 0].double().mean() for s in samples])
+    truth[:, 0] += torch.tensor(net.bins.centres)[net.bins.target(depth)] - depth     # a board is as deep as the middle of its bin
+    error = (middle(net.grid, light) - truth).abs()
+    assert (error[:, 1] < tolerance[0]).all() and (error[:, 0] < tolerance[1]).all(), error
+    far = (net.grid.centres()[0, ..., :2] - truth[:, None, None]).norm(dim=-1) > 2.4 + max(net.grid.cell)*2
+    assert (light*far).sum() < .02*light.sum()
+
+
+def test_mirrored_frame_mirrors_both_maps():
+    "On a rig with the camera above the scanner's x axis, the mirrored frame is the mirrored map, for LiDAR and for the lift."
+    cfg = recipe(scale="mini"); samples = [prepare(board(p, EVEN, (96, 320))) for p in PLACES]; flipped = [flip_sample(s) for s in samples]
+    (_, a), (_, b) = lifted(cfg, samples, 1), lifted(cfg, flipped, 1)
+    assert a.sum() > 0; close(b, a.flip(1).numpy(), 1e-4)
+    assert not torch.allclose(a, b)
+    grid, teacher = bev_grid(cfg.space), Teacher(cfg).eval()
+    def occupied(samples):
+        _, c = voxelize(collate(samples).points, grid); out = torch.zeros(3, *grid.shape[1:]); out[c[:, 0].long(), c[:, 2].long(), c[:, 3].long()] = 1
+        return out
+    one = occupied(samples); assert torch.equal(occupied(flipped), one.flip(1)) and one.sum() > 6
+    boxes = torch.stack([s.boxes[0] for s in samples]), torch.stack([s.boxes[0] for s in flipped])
+    close(boxes[1][:, [1, 6]], -boxes[0][:, [1, 6]].numpy(), 1e-4)
+    with torch.no_grad(): bev = teacher(collate(samples)).bev
+    assert ((bev != 0).any(1).float().sum((1, 2)) > 0).all() and bev.shape[2:] == a.shape[1:]
+
+
+def test_a_frame_does_not_see_its_neighbour():
+    "In eval mode, with another rig beside it, each frame's maps stay what they are alone."
+    torch.manual_seed(0); cfg = recipe(scale="smoke"); model = Student(cfg).eval()
+    r = np.random.default_rng(0)
+    samples = [prepare(Frame(str(k), r.integers(0, 255, (96, 320, 3), dtype=np.uint8), np.zeros((0, 4), np.float32), rig)) for k, rig in enumerate((TOY, EVEN))]
+    with torch.no_grad():
+        both = model(collate(samples))
+        for k in (0, 1):
+            alone = model(collate(samples[k:k + 1]))
+            close(both.head.cls[k], alone.head.cls[0].numpy(), 1e-4); close(both.bev_raw[k], alone.bev_raw[0].numpy(), 1e-4)
+    assert not torch.allclose(both.bev_raw[0], both.bev_raw[1])
+    upto = model(collate(samples), upto="bev"); assert upto.head is None and upto.bev2d is None and upto.bev is not None
