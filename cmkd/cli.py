@@ -7,8 +7,8 @@ __all__ = ['FIRST', 'add_experiment', 'is_world', 'folder_of', 'config_of', 'doc
            'train', 'evaluate', 'add_model_commands', 'detect', 'draw', 'add_detect', 'notebook_of', 'table',
            'add_tables', 'parser', 'main']
 
-# %% ../nbs/65_cli.ipynb #55233651
-import argparse, sys
+# %% ../nbs/65_cli.ipynb #d056dd5f
+import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path

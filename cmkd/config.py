@@ -7,9 +7,9 @@ __all__ = ['ROLES', 'SHARED', 'IMAGE', 'RELEASE', 'MINI', 'WORLD', 'KITTI', 'SMO
            'Teacher', 'Student', 'Distill', 'Depth', 'Stage', 'Config', 'parsed', 'checked', 'put', 'override', 'flat',
            'diff', 'depends', 'digest', 'recipe']
 
-# %% ../nbs/01_config.ipynb #8ad0bf80
+# %% ../nbs/01_config.ipynb #6e58e3d9
 import hashlib, json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import get_type_hints
 
 # %% ../nbs/01_config.ipynb #56122c1f

@@ -6,10 +6,10 @@
 __all__ = ['PANELS', 'BLUES', 'temper', 'ray', 'splat', 'lidar_distribution', 'PixelState', 'Belief', 'belief', 'pixel_traces',
            'pixel_to_ground', 'refresh', 'PixelToGround', 'pixel_slides']
 
-# %% ../nbs/64_widgets.ipynb #610109fb
+# %% ../nbs/64_widgets.ipynb #094710d6
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ipywidgets
 import numpy as np

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from cmkd.config import recipe
 from cmkd.core import Batch, Boxes, Calibration, Frame
 from cmkd.data.augment import flip_sample
-from cmkd.data.dataset import collate, prepare
+from cmkd.data.dataset import FrameSet, collate, prepare
+from cmkd.detect import as_boxes, detect_image, detect_set, load_model
 from cmkd.distill.cmkd import CMKD
 from cmkd.layers.image import ImageMaps
 from cmkd.layers.sparse import voxelize
@@ -227,3 +229,43 @@ def test_a_frame_does_not_see_its_neighbour():
             close(both.head.cls[k], alone.head.cls[0].numpy(), 1e-4); close(both.bev_raw[k], alone.bev_raw[0].numpy(), 1e-4)
     assert not torch.allclose(both.bev_raw[0], both.bev_raw[1])
     upto = model(collate(samples), upto="bev"); assert upto.head is None and upto.bev2d is None and upto.bev is not None
+    assert len(model.lifted.known) == 2, "one set of rays a rig"
+
+
+# --- detection ---
+
+class Noise(FrameSet):
+    "Five random pictures of two rigs with a few points."
+    name, split, labelled, ids = "noise", "val", False, tuple("abcde")
+    def frame(self, i):
+        r = np.random.default_rng(i); points = r.uniform([5, -6, -1.5, 0], [25, 6, .5, 1], (200, 4)).astype(np.float32)
+        return Frame(self.ids[i], r.integers(0, 255, (120, 400, 3), dtype=np.uint8), points, (TOY, EVEN)[i % 2])
+
+
+def test_detections_carry_names_and_come_best_first():
+    found = torch.rand(3, 7), torch.tensor([.9, .5, .2]), torch.tensor([1, 2, 0])
+    boxes = as_boxes(found)
+    assert boxes.names.tolist() == ["Pedestrian", "Cyclist", "Car"]; close(boxes.scores, [.9, .5, .2], 1e-6); close(boxes.boxes, found[0].numpy(), 0)
+    assert len(as_boxes((torch.zeros(0, 7), torch.zeros(0), torch.zeros(0).long()))) == 0
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_set_is_detected_frame_by_frame(role, tmp_path):
+    "Whatever the batch, each id gets its own boxes; a picture alone gives what the set gave."
+    cfg = recipe(scale="smoke").override("data.image_size=[96, 320]"); torch.manual_seed(0); model = (Teacher if role == "teacher" else Student)(cfg)
+    for m in model.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)): m.momentum = .9
+    with torch.no_grad():
+        nn.init.normal_(model.head.conv_cls.weight, std=.5); model.head.conv_cls.bias.fill_(-2.6); model.train()
+        for _ in range(2): model(collate([prepare(Noise().frame(i), image_size=cfg.data.image_size) for i in range(4)]))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path/"w.safetensors")
+    model = load_model(cfg, role, tmp_path/"w.safetensors"); assert not model.training
+    a, b = (detect_set(model, cfg, Noise(), batch=n, progress=False, device="cpu") for n in (2, 5))
+    assert list(a) == list("abcde") and sum(map(len, a.values())) > 5 and len({len(v) for v in a.values()} | {v.boxes.tobytes() for v in a.values()}) > 3
+    for k in a: assert len(a[k]) == len(b[k]); close(a[k].scores, b[k].scores, 1e-4)
+    assert all((np.diff(v.scores) <= 0).all() and (v.scores >= .1).all() for v in a.values())
+    if role == "student":
+        frame = Noise().frame(1); one = detect_image(model, cfg, frame.image, frame.calib)
+        close(one.boxes, a["b"].boxes, 1e-3); assert one.names.tolist() == a["b"].names.tolist()
+    with pytest.raises(ValueError, match="does not fit this"): load_model(cfg.override("bev.filters=[8, 8]"), role, tmp_path/"w.safetensors")
+    with pytest.raises(ValueError, match="role must be"): load_model(cfg, "depth", tmp_path/"w.safetensors")

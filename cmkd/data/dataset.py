@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FrameSet', 'Subset', 'Joined', 'no_overlap', 'Sample', 'within', 'prepare', 'collate', 'Samples', 'loader']
 
-# %% ../../nbs/10_data.dataset.ipynb #644f90fd
+# %% ../../nbs/10_data.dataset.ipynb #3a69b2e4
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..core import CLASSES, Batch, Boxes, Calibration, Frame, rng, seed_of
+from ..core import CLASSES, Batch, Frame, rng, seed_of
 from ..geometry import Grid, depth_map, in_view, scaled
 
 # %% ../../nbs/10_data.dataset.ipynb #6ac27e9e

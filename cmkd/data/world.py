@@ -401,7 +401,7 @@ def add_cyclists(pile: Pile, boxes: np.ndarray, instance: np.ndarray, r: np.rand
     rest[:, :, 0] = joints((.22, 0, h - .125), (hub, 0, .34), (-hub, 0, .34))
     rest[:, :, 1, 0], rest[:, :, 2, 1], rest[:, :, 3, 2] = [.12, .34, .34], [.09, .025, .025], [.125, .34, .34]
     pick = lambda table: table[r.integers(len(table), size=n)]*r.uniform(.8, 1.2, (n, 1))
-    shirt, trousers, skin, frame, helmet = pick(SHIRTS), pick(TROUSERS), pick(SKIN), pick(PAINTS), pick(SHIRTS)
+    shirt, trousers, skin, frame, _ = pick(SHIRTS), pick(TROUSERS), pick(SKIN), pick(PAINTS), pick(SHIRTS)
     colour = np.stack([shirt, trousers, trousers, shirt, skin, frame, frame, np.full((n, 3), .05), skin, np.full((n, 3), .04), np.full((n, 3), .04)], 1)
     material = np.array([CLOTH]*5 + [PAINT]*3 + [HEAD, RING, RING])
     feet = boxes[:, :3] - np.stack([0*h, 0*h, h/2], 1)
@@ -1001,8 +1001,7 @@ def measure(scene: Scene, config: WorldConfig, view: View) -> np.ndarray: # (N, 
 # %% ../../nbs/12_data.world.ipynb #4dc4e9a9
 def annotate(scene: Scene, config: WorldConfig, view: View) -> Boxes:
     "KITTI labels of the objects that can be seen; `view` is the camera's."
-    size, calib = (config.height, config.width), rig(config)
-    o = to_objects(scene.objects, calib, None)
+    o = to_objects(scene.objects, rig(config), None)
     full = o.boxes2d; clipped = np.clip(full, 0, [config.width - 1, config.height - 1]*2)
     area = lambda b: np.maximum(b[:, 2] - b[:, 0], 0)*np.maximum(b[:, 3] - b[:, 1], 0)
     with np.errstate(invalid="ignore"): truncation = 1 - area(clipped)/np.maximum(area(full), 1e-9)

@@ -7,8 +7,8 @@ __all__ = ['MIME', 'parameters_cell', 'assigned', 'declared', 'asked', 'digest',
            'package_key', 'folder_key', 'key_of', 'unchanged', 'settled', 'execute', 'echoed', 'run_notebook',
            'printed', 'as_markdown']
 
-# %% ../../nbs/63_ledger.notebooks.ipynb #592c12dc
-import ast, hashlib, json, os, sys, time
+# %% ../../nbs/63_ledger.notebooks.ipynb #f90557df
+import ast, hashlib, json, os, sys
 from pathlib import Path
 
 import nbformat

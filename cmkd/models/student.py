@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['ImageToBev', 'Student']
 
-# %% ../../nbs/31_models.student.ipynb #f9853b41
-import torch
+# %% ../../nbs/31_models.student.ipynb #1b93613d
 from torch import Tensor, nn
 
 from ..config import Config

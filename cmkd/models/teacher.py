@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['lidar_grid', 'bev_grid', 'Teacher', 'bev_channels']
 
-# %% ../../nbs/30_models.teacher.ipynb #619e3f93
-import torch
-from torch import Tensor, nn
+# %% ../../nbs/30_models.teacher.ipynb #ac3087e0
+from torch import nn
 
 from ..config import Config, Space
 from ..core import Batch

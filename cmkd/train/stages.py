@@ -7,7 +7,7 @@ __all__ = ['Sets', 'first', 'open_sets', 'open_unlabelled', 'feed', 'length', 'r
            'teacher_legs', 'boxes2d', 'depth_term', 'depth_legs', 'needs_teacher', 'load_teacher', 'Shown',
            'student_legs', 'fit']
 
-# %% ../../nbs/51_train.stages.ipynb #2aad9a86
+# %% ../../nbs/51_train.stages.ipynb #618f5b10
 import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..boxes import corners
 from ..config import Config, Stage
-from ..core import Batch, Calibration, atomic, device as pick_device, seed_everything
+from ..core import Batch, atomic, device as pick_device, seed_everything
 from ..data import augment
 from ..data.dataset import FrameSet, Joined, Samples, loader, no_overlap
 from ..data.kitti import Kitti
