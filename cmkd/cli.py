@@ -147,7 +147,7 @@ def draw(fig, path: Path) -> list[Path]:
     try:
         import kaleido  # noqa: F401  optional
         with atomic(png) as temp: fig.write_image(temp, scale=2)
-    except ImportError: return [page]
+    except (ImportError, RuntimeError): return [page]           # no kaleido, or no browser for it
     return [page, png]
 
 def add_detect(sub) -> None:
@@ -170,11 +170,13 @@ def notebook_of(name: str) -> Path:
 
 def table(args: Namespace) -> None:
     "Run a table notebook and print its table."
-    from cmkd.ledger.notebooks import printed, run_notebook
+    from cmkd.ledger.notebooks import declared, printed, run_notebook
     from cmkd.ledger.tables import saved_name
     book, cfg, data = notebook_of(args.name), config_of(args), folder_of(args)
     sets = [*([f"data.unlabelled={args.unlabelled}"] if args.unlabelled is not None else []), *args.sets]
     values = dict(recipe=cfg.recipe, scale=cfg.scale, data=str(data), kind=cfg.data.kind, seeds=args.seeds, controls=args.controls, overrides=sets)
+    names = declared(book)
+    values = {k: v for k, v in values.items() if k in names or v not in (1, False)}     # an option at its default is not asked for
     inputs = [data, *([data.parent/"kitti_raw"] if cfg.data.unlabelled == "raw" else [])]
     out = run_notebook(book, values, root()/"results"/"executed"/f"{saved_name(book.stem, cfg, sets)}.ipynb", inputs)
     print(printed(out))

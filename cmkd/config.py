@@ -27,8 +27,8 @@ class Data:
     flip: float = .5                          # probability of the joint image and points flip
     mirror: float = -1.                       # u -> W + mirror - u; the released code writes W - u
     photometric: float = 0.                   # strength of brightness, contrast and gamma jitter
-    rotation: float = 0.                      # teacher only: global rotation up to +- so many rad
-    scaling: float = 0.                       # teacher only: global scaling up to +- this fraction
+    rotation: float = .7853982                # teacher only: global rotation up to +- so many rad (SECOND)
+    scaling: float = .05                      # teacher only: global scaling up to +- this fraction (SECOND)
 
 @dataclass(frozen=True)
 class Space:
@@ -42,6 +42,10 @@ class Space:
     depth_bins: int = 80                      # D, LID
     max_points: int = 5                       # points kept in one LiDAR voxel
     max_voxels: int = 40000                   # voxels kept in one frame
+
+    def __post_init__(self):
+        for name, n in (("low", 3), ("high", 3), ("lidar_voxel", 3), ("image_voxel", 3), ("depth", 2)):
+            if len(getattr(self, name)) != n: raise ValueError(f"space.{name} takes {n} numbers, got {getattr(self, name)}")
 
 # %% ../nbs/01_config.ipynb #03c69214
 @dataclass(frozen=True)
@@ -86,7 +90,6 @@ class Teacher:
     encoder: str = "plain"                    # 'plain' or 'residual' sparse backbone
     channels: tuple[int, ...] = (16, 32, 64, 64)  # one stage each; all but the first halve the resolution
     out_channels: int = 64                    # after the last, height-only convolution; x 2 heights = BEV channels
-    split: str = "train"                      # the labels it learns from; recorded, and checked against val
     seed: int = 0                             # its own seed: the students of every seed learn from one teacher
     losses: Losses = Losses()
 
@@ -130,6 +133,7 @@ class Depth:
     alpha: float = .25
     gamma: float = 2.
     mask_invalid: bool = True                 # pixels without a LiDAR return teach nothing
+    pool: str = "min"                         # a cell's depth is its nearest return ('min') or their 'mean'
 
 @dataclass(frozen=True)
 class Stage:
@@ -167,7 +171,7 @@ class Config:
     depth_stage: Stage = Stage(epochs=40, lr=1e-3)
     feature_stage: Stage = Stage(epochs=60, lr=2e-3)
     full_stage: Stage = Stage(epochs=20, lr=1e-4)
-    checkpoint_seconds: float = 60.           # how much work a kill may cost; changes no number
+    checkpoint_seconds: float = 300.          # how much work a kill may cost; changes no number
 
 # %% ../nbs/01_config.ipynb #8b05f045
 def parsed(text: str, kind, name: str):
@@ -245,7 +249,7 @@ RELEASE = (
     "student.backbone=resnet50", "student.feature_level=3", "student.collapse=128", "student.align=false",
     "student.blocks=4", "student.block=released", "student.align_corners=false",
     "distill.feature_weight=32", "distill.response=dense", "distill.depth_weight=0.5", "distill.losses.cls=2",
-    "distill.losses.direction=0.4", "distill.losses.targets=assigned", "distill.losses.normalise=sum", "depth.weight=1", "depth.foreground=1", "depth.mask_invalid=false",
+    "distill.losses.direction=0.4", "distill.losses.normalise=sum", "depth.weight=1", "depth.foreground=1", "depth.mask_invalid=false", "depth.pool=mean",
     "pretrain=false")
 
 # %% ../nbs/01_config.ipynb #3c41dd8e
@@ -257,7 +261,7 @@ MINI = (
     "student.backbone=resnet18",
     'student.backbone_args={"layers": [1, 1, 1, 1], "channels": [32, 48, 64, 64], "stem_type": "deep", "stem_width": 8}',
     "student.reduced=24", "student.aspp=48", "student.rates=[2, 4, 6]", "student.dropout=0", "student.collapse=32", "student.blocks=2",
-    "distill.feature_norm=true",
+    "distill.feature_norm=true", "distill.feature_weight=1", "checkpoint_seconds=60",
     "teacher_stage.epochs=0", "teacher_stage.steps=2000", "teacher_stage.batch=8", "teacher_stage.clip=10", "teacher_stage.warm=0.2",
     "depth_stage.epochs=0", "depth_stage.steps=400", "depth_stage.lr=3e-3", "depth_stage.batch=8", "depth_stage.warm=0.2", "depth_stage.precision=bf16",
     "feature_stage.epochs=0", "feature_stage.steps=0", "feature_stage.batch=8", "feature_stage.precision=bf16",

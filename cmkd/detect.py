@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['new_model', 'load_model', 'as_boxes', 'detect_set', 'detect_image']
 
-# %% ../nbs/52_detect.ipynb #50ff1545
+# %% ../nbs/52_detect.ipynb #bbbe1d98
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
@@ -31,7 +32,7 @@ def load_model(cfg: Config, role: str, weights: Path) -> nn.Module:
     "The network with the weights of a run, in eval mode; a file that does not fit is an error that names it."
     model = new_model(cfg, role)
     try: model.load_state_dict(load_file(weights))
-    except RuntimeError as e: raise ValueError(f"{weights} does not fit this {role} (another config or role?): {str(e)[:300]}") from e
+    except (RuntimeError, SafetensorError) as e: raise ValueError(f"{weights} does not fit this {role} (another config or role?): {str(e)[:300]}") from e
     return model.eval()
 
 # %% ../nbs/52_detect.ipynb #afd8a0bf
@@ -60,6 +61,7 @@ def detect_image(
     calib: Calibration,
 ) -> Boxes:              # lidar frame, best first
     "What a student sees in one picture; no LiDAR is asked."
+    if not isinstance(model, Student): raise ValueError(f"a picture alone needs a student, got a {type(model).__name__}")
     frame = Frame("image", image, np.zeros((0, 4), np.float32), calib)
     batch = collate([prepare(frame, image_size=cfg.data.image_size)]).to(next(model.parameters()).device)
     return as_boxes(detections(model.eval()(batch).head, model.anchors, cfg.head)[0])

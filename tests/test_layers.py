@@ -104,7 +104,9 @@ def test_the_bias_of_a_residual_learns():
 
 def test_dense_puts_every_voxel_in_its_place():
     x = spconv.SparseConvTensor(torch.randn(3, 2), torch.tensor([[0, 1, 2, 3], [1, 0, 4, 1], [1, 3, 0, 0]]).int(), [4, 5, 6], 2)
-    assert torch.equal(dense(x), x.dense()) and torch.equal(dense(x)[1, :, 0, 4, 1], x.features[1])
+    v = dense(x)
+    assert v.shape == (2, 2, 4, 5, 6) and (v != 0).any(1).sum() == 3
+    for (b, z, y, x_), f in zip(x.indices.tolist(), x.features): assert torch.equal(v[b, :, z, y, x_], f)
 
 
 # --- BEV ---
@@ -185,6 +187,16 @@ def test_padding_changes_no_inner_feature():
     with torch.no_grad():
         level, _ = net(image, torch.tensor([[96, 320]])); wide, _ = net(F.pad(image, (0, 32, 0, 32), value=.7), torch.tensor([[96, 320]]))
     close(wide[:, :, :24, :80][..., :20, :70], level[..., :20, :70], 1e-4)
+
+
+def test_depth_logits_grow_by_halves_of_a_pixel():
+    "Twice the size, each border at its border: the middle of four new pixels is the old one (DeepLabV3)."
+    class Flat(nn.Module):
+        channels = (8, 8)
+        def forward(self, images, sizes): return torch.zeros(1, 8, 2, 8), torch.arange(4.).repeat(1, 8, 1, 1)
+    cfg = recipe(scale="smoke").student; net = ImageBranch(cfg, 3).eval()
+    net.backbone, net.reduce, net.aspp, net.classify = Flat(), nn.Identity(), nn.Identity(), nn.Identity()
+    close(net(None, None).logits[0, 0, 0], [0, .25, .75, 1.25, 1.75, 2.25, 2.75, 3], 1e-6)
 
 
 def test_depth_is_a_distribution_whose_rest_is_outside():

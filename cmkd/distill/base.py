@@ -41,7 +41,7 @@ class Distiller(nn.Module):
     needs_labels: bool = False
 
     def check(self, student: Taps, teacher: Taps | None, labelled: bool) -> None:
-        "Refuse a pairing that lacks a tap or labels; called once, with the taps of one frame, before training."
+        "Refuse a pairing that lacks a tap or labels; called once, with the taps of one batch, before training."
         for name in self.student_taps: student.need(name)
         if self.teacher_taps and teacher is None: raise ValueError(f"{type(self).__name__} needs a teacher that shows {', '.join(self.teacher_taps)}")
         for name in self.teacher_taps: teacher.need(name)

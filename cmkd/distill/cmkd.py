@@ -40,6 +40,7 @@ class CMKD(Distiller):
         super().__init__()
         d = cfg.distill
         if d.response not in ("soft", "dense", "hard", "none"): raise ValueError(f"distill.response must be soft, dense, hard or none, got {d.response!r}")
+        if not d.feature and d.response == "none": raise ValueError("distill.feature=false and distill.response=none leave nothing to learn from: switch one on")
         self.cfg, self.needs_labels = cfg, d.response == "hard"
         self.register_buffer("anchors", anchors, persistent=False)
         self.student_taps = ("bev",)*d.feature + ("head",)*(d.response != "none")
@@ -48,12 +49,11 @@ class CMKD(Distiller):
     def response(self, student: Taps, teacher: Taps | None, batch: Batch) -> Terms:
         "L_res from soft boxes, raw maps or labels."
         d, maps = self.cfg.distill, student.need("head")
-        if d.response == "dense": loss = dense_response_loss(maps, teacher.need("head"), d.losses, d.score)
+        if d.response == "dense": loss = dense_response_loss(maps, teacher.need("head"), d.losses, d.score, d.quality)
         else:
             if d.response == "hard": boxes, labels, scores = batch.boxes, batch.labels, None
             else: boxes, scores, labels = map(list, zip(*teacher.need("soft")))
-            weights = scores if d.quality else None
-            loss = detection_loss(maps, self.anchors, self.cfg.head, d.losses, boxes, labels, weights)
+            loss = detection_loss(maps, self.anchors, self.cfg.head, d.losses, boxes, labels, scores, d.quality)
         return Terms(cls=loss.cls, box=loss.box, direction=loss.direction)
 
     def forward(self, student: Taps, teacher: Taps | None, batch: Batch) -> Terms:

@@ -174,14 +174,17 @@ def detection_loss(
     losses: Losses,
     boxes: list[Tensor],   # B x (M, 7) lidar: labels, or the teacher's soft labels
     labels: list[Tensor],  # B x (M,) int64 class
-    weights: list[Tensor] | None=None,  # B x (M,) quality s_i; None is 1
+    scores: list[Tensor] | None=None,   # B x (M,) s_i of soft labels; None is 1
+    quality: bool=True,    # weigh positives by s_i; False keeps s_i as a class target only
 ) -> DetectionLosses:
     "CMKD Eq. 3 to 6: quality focal loss, smooth L1 of codes with the sine of the heading, direction bins."
     if losses.targets not in ("assigned", "label", "all"): raise ValueError(f"losses.targets must be 'assigned', 'label' or 'all', got {losses.targets!r}")
     cls, codes, directions = maps.flat()
     B, flat_anchors = len(cls), anchors.reshape(-1, 7)
     boxes = [b.to(cls) for b in boxes]
-    weights = [b.new_ones(len(b)) for b in boxes] if weights is None else [w.to(cls) for w in weights]
+    scores = [b.new_ones(len(b)) for b in boxes] if scores is None else [s.to(cls) for s in scores]
+    weights = scores if quality else [torch.ones_like(s) for s in scores]
+    if losses.normalise not in ("positives", "sum"): raise ValueError(f"losses.normalise must be 'positives' or 'sum', got {losses.normalise!r}")
     found = [assign(anchors, head, b, l) for b, l in zip(boxes, labels, strict=True)]
     label = torch.stack([t.labels.flatten() for t in found])
     b, n = (label > 0).nonzero(as_tuple=True)                      # frame and anchor of each positive
@@ -194,7 +197,7 @@ def detection_loss(
     with torch.no_grad():
         if losses.targets != "all":
             y, w, touching = torch.zeros_like(cls), (label >= 0).float(), positives
-            y[b, n, label[b, n] - 1] = s if losses.targets == "label" else iou_3d(
+            y[b, n, label[b, n] - 1] = torch.cat(scores)[match] if losses.targets == "label" else iou_3d(
                 decode_with_direction(codes[b, n], directions[b, n], flat_anchors[n], head), box, paired=True)
             w[b, n] = s
         else: y, w, touching = quality_targets(decode_boxes(maps, anchors, head), cls.shape, boxes, labels, weights)

@@ -33,7 +33,7 @@ def import_timm():
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)
 
 class ImageBackbone(nn.Module):
-    "A timm backbone that returns the level for the lift and the level for the depth head."
+    "A timm backbone (CMKD section 3.2, F_I and F_I^out): the level for the lift and the level for the depth head."
     def __init__(self, cfg: Student):
         super().__init__()
         args = dict(features_only=True, output_stride=cfg.output_stride, out_indices=(cfg.feature_level, 4), pretrained=False)
@@ -54,17 +54,18 @@ def inside(sizes: Tensor, x: Tensor) -> Tensor: # (B, 2), (B, C, H, W) -> (B, 1,
     cols = torch.arange(x.shape[3], device=x.device) < sizes[:, 1:]
     return (rows[:, None, :, None] & cols[:, None, None, :]).to(x.dtype)
 
-# %% ../../nbs/24_layers.image.ipynb #148cfb06
-def conv(cin: int, cout: int, kernel: int=1, dilation: int=1) -> nn.Sequential:
-    "Convolution, norm, ReLU."
-    return nn.Sequential(nn.Conv2d(cin, cout, kernel, padding=dilation*(kernel//2), dilation=dilation, bias=False), nn.BatchNorm2d(cout), nn.ReLU())
+# %% ../../nbs/24_layers.image.ipynb #2d454426
+def conv(cin: int, cout: int, kernel: int=1, stride: int=1, dilation: int=1, relu: bool=True, bias: bool=False) -> nn.Sequential:
+    "Convolution, norm and, unless told otherwise, ReLU: the block of every 2D network here but SECOND's."
+    layers = [nn.Conv2d(cin, cout, kernel, stride, dilation*(kernel//2), dilation, bias=bias), nn.BatchNorm2d(cout)]
+    return nn.Sequential(*layers, *([nn.ReLU()] if relu else []))
 
 class ASPP(nn.Module):
     "Atrous spatial pyramid pooling (DeepLabV3)."
     def __init__(self, cin: int, cout: int, rates: tuple[int, ...], dropout: float):
         super().__init__()
         pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv(cin, cout))
-        self.convs = nn.ModuleList([conv(cin, cout), *(conv(cin, cout, 3, r) for r in rates), pool])
+        self.convs = nn.ModuleList([conv(cin, cout), *(conv(cin, cout, 3, dilation=r) for r in rates), pool])
         self.project = nn.Sequential(*conv(cout*len(self.convs), cout), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def lift_plain(
 ) -> Tensor:            # (B, C, Z, Y, X)
     "Frustum by outer product, then trilinear sampling with zeros outside (CaDDN; CMKD section 3.2)."
     frustum = features[:, :, None]*depth[:, None]
-    size = torch.tensor([depth.shape[3], depth.shape[2], depth.shape[1]], dtype=torch.float64)
+    size = texels.new_tensor([depth.shape[3], depth.shape[2], depth.shape[1]])
     where = (2*texels/(size - 1) - 1).to(features.dtype)
     volume = F.grid_sample(frustum, where[:, None, None], align_corners=True, padding_mode="zeros")
     return volume.reshape(*features.shape[:2], *shape)

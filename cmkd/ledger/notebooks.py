@@ -7,8 +7,8 @@ __all__ = ['MIME', 'parameters_cell', 'assigned', 'declared', 'asked', 'digest',
            'package_key', 'folder_key', 'key_of', 'unchanged', 'settled', 'execute', 'echoed', 'run_notebook',
            'printed', 'as_markdown']
 
-# %% ../../nbs/63_ledger.notebooks.ipynb #f90557df
-import ast, hashlib, json, os, sys
+# %% ../../nbs/63_ledger.notebooks.ipynb #a5bb4b8e
+import ast, hashlib, json, os, re, sys
 from pathlib import Path
 
 import nbformat
@@ -156,6 +156,7 @@ def printed(out: Path) -> str:
 
 # %% ../../nbs/63_ledger.notebooks.ipynb #6cf2bdb4
 def as_markdown(path) -> str:
-    "The cells of a notebook, without outputs, as one Markdown page."
+    "The cells of a notebook in nbs/, without outputs, as one Markdown page for the project's root."
     cells = nbformat.read(path, as_version=4).cells
-    return "\n\n".join(c.source if c.cell_type == "markdown" else f"```python\n{c.source}\n```" for c in cells) + "\n"
+    page = "\n\n".join(c.source if c.cell_type == "markdown" else f"```python\n{c.source}\n```" for c in cells) + "\n"
+    return re.sub(r"\]\((?!http)([^)]+\.ipynb)\)", r"](nbs/\1)", page)

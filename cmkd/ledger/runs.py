@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'WORLDS', 'STREET', 'parents', 'run_name', 'config_of', 'command', 'sha256', 'Run', 'load', 'git_state',
            'versions', 'hardware', 'cpu_seconds', 'peak_memory_mb', 'measured', 'add_sessions', 'locked', 'truth',
-           'height_scale', 'judge', 'manifests', 'same_data', 'described', 'utc', 'at_hand', 'fit_or_load', 'world',
-           'judged_on']
+           'height_scale', 'judge', 'manifests', 'same_data', 'described', 'utc', 'at_hand', 'begun_from',
+           'fit_or_load', 'world', 'judged_on']
 
-# %% ../../nbs/60_ledger.runs.ipynb #751c540c
+# %% ../../nbs/60_ledger.runs.ipynb #f6eccf8f
 import fcntl, hashlib, json, os, platform, resource, shlex, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,14 +26,13 @@ from ..data.world import WorldConfig, write
 from ..detect import detect_set, load_model
 from ..evaluate.kitti import evaluate
 from ..train.loop import Progress
-from ..train.stages import Sets, fit, open_sets
+from ..train.stages import Sets, fit, needs_teacher, open_sets
 
 # %% ../../nbs/60_ledger.runs.ipynb #ef987111
 def parents(cfg: Config, role: str) -> tuple[str, ...]:
     "The roles whose weights a run of `role` starts from or learns from."
     if role != "student": return ()
-    taught = cfg.load_head or cfg.distill.feature or cfg.distill.response != "hard"
-    return ("teacher",)*taught + ("depth",)*cfg.pretrain
+    return ("teacher",)*needs_teacher(cfg) + ("depth",)*cfg.pretrain
 
 def run_name(cfg: Config, role: str) -> str:
     "The name of a run, and of its folder."
@@ -198,7 +197,7 @@ def described(cfg: Config, role: str, here: dict, above: dict[str, Run], folder:
         name=folder.name, role=role, recipe=cfg.recipe, scale=cfg.scale, hash=cfg.hash(role), config=flat(cfg),
         seed=cfg.teacher.seed if role == "teacher" else cfg.seed, seeds=dict(run=cfg.seed, teacher=cfg.teacher.seed),
         parents={r: dict(name=p.name, weights_sha256=p.record["weights_sha256"]) for r, p in above.items()},
-        teacher_split=cfg.teacher.split, data=here, weights_sha256=sha256(folder/"weights.safetensors"), selection="last",
+        teacher_split=cfg.data.train, data=here, weights_sha256=sha256(folder/"weights.safetensors"), selection="last",
         ap=ap, cost=cost, git=git_state(root()), versions=versions(), hardware=hardware(), started=started, finished=utc())
 
 def utc() -> str: return datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -209,6 +208,13 @@ def at_hand(folder: Path, here: dict, weights: bool) -> Run | None:
     run = load(folder)
     if run is None or weights and not (folder/"weights.safetensors").exists(): return None
     return same_data(run, here)
+
+def begun_from(folder: Path, sources: dict) -> None:
+    "A run that was cut off may only go on with the data and parents that it began with; they are kept beside its checkpoint."
+    note = folder/"begun_from.json"
+    if (folder/"checkpoint.pt").exists() and note.exists() and json.loads(note.read_text()) != sources:
+        raise ValueError(f"{folder}: begun from other data or other parents; remove the folder to start again")
+    write_json(note, sources)
 
 def fit_or_load(
     cfg: Config,
@@ -227,13 +233,14 @@ def fit_or_load(
         if run := at_hand(folder, here, weights): return run             # somebody else made it while we waited
         above = {r: fit_or_load(cfg, r, data, store, progress, weights=True) for r in parents(cfg, role)}
         if progress: print(f"{folder.name}: training", file=sys.stderr, flush=True)
+        begun_from(folder, dict(data=here, parents={r: p.record["weights_sha256"] for r, p in above.items()}))
         started, cost = utc(), {}
         with measured(cost, "train"): spent = fit(cfg, role, sets, folder, progress=progress, **{r: p.weights for r, p in above.items()})
         add_sessions(cost, spent)
         with measured(cost, "evaluate"):
             ap = {} if role == "depth" else judge(cfg, role, folder/"weights.safetensors", sets.val, progress)
         write_json(folder/"record.json", described(cfg, role, here, above, folder, ap, cost, started))
-        (folder/"checkpoint.pt").unlink(missing_ok=True)
+        for rest in ("checkpoint.pt", "begun_from.json"): (folder/rest).unlink(missing_ok=True)
     return load(folder)
 
 # %% ../../nbs/60_ledger.runs.ipynb #7f0f68cc

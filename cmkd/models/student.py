@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['ImageToBev', 'Student']
 
-# %% ../../nbs/31_models.student.ipynb #1b93613d
+# %% ../../nbs/31_models.student.ipynb #ab231640
 from torch import Tensor, nn
 
 from ..config import Config
 from ..core import Batch
 from ..geometry import DepthBins, Grid
-from ..layers.adapt import DomainAdaptation, conv
+from ..layers.adapt import DomainAdaptation
 from ..layers.anchors import AnchorHead, make_anchors
 from ..layers.bev import BevBackbone, height_to_channels
-from ..layers.image import ImageBranch, ImageMaps
+from ..layers.image import ImageBranch, ImageMaps, conv
 from ..layers.lift import Rays, lift, rays, voxel_texels
 from .teacher import bev_channels, bev_grid
 from ..taps import Taps
@@ -34,11 +34,11 @@ class ImageToBev(nn.Module):
     def rays(self, lidar_to_cam: Tensor, P2: Tensor, image: tuple[int, int], level: tuple[int, int]) -> Rays:
         "The rays of one rig, from memory when it was seen before (a few rigs are kept)."
         key = (lidar_to_cam.cpu().numpy().tobytes(), P2.cpu().numpy().tobytes(), image, level, str(P2.device))
-        if key not in self.known:
-            if len(self.known) >= 8: self.known.pop(next(iter(self.known)))
-            texels = voxel_texels(self.grid, lidar_to_cam, P2, self.bins, image, level, self.cfg.student.align_corners)
-            self.known[key] = rays(texels, level, self.bins.count)
-        return self.known[key]
+        if key in self.known: found = self.known.pop(key)
+        else: found = rays(voxel_texels(self.grid, lidar_to_cam, P2, self.bins, image, level, self.cfg.student.align_corners), level, self.bins.count)
+        while len(self.known) >= 8: self.known.pop(next(iter(self.known)))       # the one that was not asked for longest
+        self.known[key] = found
+        return found
 
     def forward(self, batch: Batch) -> tuple[ImageMaps, Tensor]:
         "Image maps and the collapsed BEV map (B, C, Y, X)."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lidar_grid', 'bev_grid', 'Teacher', 'bev_channels']
 
-# %% ../../nbs/30_models.teacher.ipynb #ac3087e0
+# %% ../../nbs/30_models.teacher.ipynb #86540725
 from torch import nn
 
 from ..config import Config, Space
@@ -13,7 +13,7 @@ from ..core import Batch
 from ..geometry import Grid
 from ..layers.anchors import AnchorHead, make_anchors
 from ..layers.bev import BevBackbone, height_to_channels
-from ..layers.sparse import SparseBackbone, voxelize
+from ..layers.sparse import SparseBackbone, heights_left, voxelize
 from ..taps import Taps
 
 # %% ../../nbs/30_models.teacher.ipynb #d3cf0768
@@ -32,6 +32,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.cfg, self.grid = cfg, lidar_grid(cfg.space)
         t, (_, Y, X) = cfg.teacher, bev_grid(cfg.space).shape
+        if t.encoder not in ("plain", "residual"): raise ValueError(f"teacher.encoder must be 'plain' or 'residual', got {t.encoder!r}")
         reach = round(cfg.space.bev_cell/cfg.space.lidar_voxel[0])
         if 2**(len(t.channels) - 1) != reach:
             raise ValueError(f"teacher.channels has {len(t.channels)} stages, so one BEV cell is {2**(len(t.channels) - 1)} voxels; "
@@ -50,6 +51,4 @@ class Teacher(nn.Module):
 
 def bev_channels(cfg: Config) -> int:
     "Channels of F_L^bev: the last convolution's, times the heights that are left."
-    z = lidar_grid(cfg.space).shape[0] + 1
-    for stage in range(2, len(cfg.teacher.channels) + 1): z = (z - 3)//2 + 1 if stage == 4 else (z - 1)//2 + 1
-    return cfg.teacher.out_channels*((z - 3)//2 + 1)
+    return cfg.teacher.out_channels*heights_left(lidar_grid(cfg.space).shape[0], len(cfg.teacher.channels))

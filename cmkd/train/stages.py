@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Sets', 'first', 'open_sets', 'open_unlabelled', 'feed', 'length', 'refuse_broken_convolutions', 'cast',
-           'teacher_legs', 'boxes2d', 'depth_term', 'depth_legs', 'needs_teacher', 'load_teacher', 'Shown',
+           'teacher_legs', 'boxes2d', 'depth_term', 'depth_legs', 'needs_teacher', 'load_teacher', 'TeacherTaps',
            'student_legs', 'fit']
 
-# %% ../../nbs/51_train.stages.ipynb #618f5b10
+# %% ../../nbs/51_train.stages.ipynb #3816e177
 import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +23,7 @@ from ..boxes import corners
 from ..config import Config, Stage
 from ..core import Batch, atomic, device as pick_device, seed_everything
 from ..data import augment
-from ..data.dataset import FrameSet, Joined, Samples, loader, no_overlap
+from ..data.dataset import FrameSet, Joined, Samples, loader, no_overlap, prepare
 from ..data.kitti import Kitti
 from ..data.kitti_raw import KittiRaw, object_to_raw, refuse_overlap
 from ..distill.base import Terms
@@ -75,9 +75,10 @@ def open_unlabelled(name: str, root: Path, val: FrameSet) -> FrameSet:
 
 # %% ../../nbs/51_train.stages.ipynb #09549c71
 def feed(cfg: Config, frames: FrameSet, role: str, run: str, stage: Stage) -> tuple[Callable, int]:
-    "(epoch, skip) -> batches, and the batches of one epoch; small sets stay in memory."
+    "(epoch, skip) -> batches, and the batches of one epoch; a set that fits into 4 GB stays in memory."
     d = cfg.data
-    samples = Samples(frames, image_size=d.image_size, grid=bev_grid(cfg.space), cache=len(frames) <= 5000)
+    one = prepare(frames.frame(0), image_size=d.image_size)
+    samples = Samples(frames, image_size=d.image_size, grid=bev_grid(cfg.space), cache=len(frames)*(one.image.nbytes + one.depth.nbytes + one.points.nbytes) < 4e9)
     change = (partial(augment.teacher, flip=d.flip, rotation=d.rotation, scaling=d.scaling) if role == "teacher"
               else partial(augment.student, flip=d.flip, mirror=d.mirror, photometric=d.photometric))
     if len(frames) < stage.batch: raise ValueError(f"{frames.name}/{frames.split} has {len(frames)} frames, fewer than one batch of {stage.batch}")
@@ -103,6 +104,7 @@ def cast(stage: Stage, device: torch.device):
 # %% ../../nbs/51_train.stages.ipynb #69f39ac5
 def teacher_legs(cfg: Config, sets: Sets, run: str) -> tuple[nn.Module, list[Leg]]:
     "The teacher and its one leg (section 4.2: labelled frames only)."
+    if cfg.teacher_stage.precision != "no": raise ValueError("teacher_stage.precision must be 'no': sparse convolutions know only float32")
     seed_everything(run, "init")
     model, t = Teacher(cfg), cfg.teacher
     def step(net, batch):
@@ -127,7 +129,7 @@ def depth_term(logits: Tensor, batch: Batch, cfg: Config) -> Tensor:
     "Eq. 7 of one batch, at the resolution of the logits."
     size = tuple(logits.shape[2:])
     stride = -(-batch.depth.shape[1]//size[0])
-    target = pool_depth(batch.depth, stride, size, how="min")
+    target = pool_depth(batch.depth, stride, size, how=cfg.depth.pool)
     front = None if batch.boxes is None else foreground_mask(boxes2d(batch), size, stride)
     return depth_loss(logits.float(), target, DepthBins(*cfg.space.depth, cfg.space.depth_bins), cfg.depth, front)
 
@@ -144,7 +146,7 @@ def depth_legs(cfg: Config, sets: Sets, run: str) -> tuple[nn.Module, list[Leg]]
 # %% ../../nbs/51_train.stages.ipynb #40cac56f
 def needs_teacher(cfg: Config) -> bool:
     "True when a student of this config learns or loads anything from a teacher."
-    return cfg.distill.feature or cfg.distill.response in ("soft", "dense") or cfg.load_head
+    return cfg.load_head or cfg.distill.feature or cfg.distill.response in ("soft", "dense")
 
 def load_teacher(cfg: Config, weights: Path) -> Teacher:
     "The frozen teacher: eval mode, no gradient, for as long as a student trains."
@@ -152,7 +154,7 @@ def load_teacher(cfg: Config, weights: Path) -> Teacher:
     teacher.load_state_dict(load_file(weights))
     return teacher.eval().requires_grad_(False)
 
-class Shown:
+class TeacherTaps:
     "What the frozen teacher shows, computed once a sweep: a pure function of the points, so it may be remembered."
     def __init__(self, teacher: Teacher, names: tuple[str, ...], cfg: Config, limit: float=2e9): # limit in bytes
         self.teacher, self.names, self.cfg, self.room, self.known = teacher, names, cfg, limit, {}
@@ -165,7 +167,8 @@ class Shown:
         full = self.teacher(Batch(["0"], points.new_zeros(1, 3, 1, 1), points.new_zeros(1, 2), points, *[points.new_zeros(1)]*3, None, None))
         taps = Taps(bev=full.bev if "bev" in self.names else None, head=full.head if "head" in self.names else None,
                     soft=soft_boxes(full.head, self.teacher.anchors, self.cfg) if "soft" in self.names else None)
-        size = sum(t.nbytes for t in (taps.bev, *(vars(taps.head).values() if taps.head else ())) if t is not None)
+        parts = (taps.bev, *(vars(taps.head).values() if taps.head else ()), *(taps.soft[0] if taps.soft else ()))
+        size = sum(t.nbytes for t in parts if t is not None)
         if self.room >= size: self.known[key], self.room = taps, self.room - size
         return taps
 
@@ -187,7 +190,7 @@ def student_legs(cfg: Config, sets: Sets, run: str, teacher: Teacher | None, dep
     if cfg.pretrain: model.lifted.image.load_state_dict(load_file(depth))
     if teacher is not None: teacher.to(pick_device(device))
     distiller = CMKD(cfg, model.anchors)
-    show = Shown(teacher, distiller.teacher_taps, cfg) if distiller.teacher_taps else lambda batch: None
+    show = TeacherTaps(teacher, distiller.teacher_taps, cfg) if distiller.teacher_taps else lambda batch: None
 
     def step(net, batch, stage, upto):
         shown = show(batch)
@@ -206,8 +209,9 @@ def student_legs(cfg: Config, sets: Sets, run: str, teacher: Teacher | None, dep
         if not length(stage, n): continue
         upto = "bev" if name == "feature" and cfg.distill.feature else "head"
         legs.append(Leg(name, stage, length(stage, n), batches, n, partial(step, stage=stage, upto=upto), load_head if name == "full" else lambda: None))
-    one = next(legs[-1].batches(0, 0))
-    with torch.no_grad(): distiller.check(model.eval()(one), show(one), frames.labelled)
+    if not legs: raise ValueError("this student has no steps: set full_stage.steps or full_stage.epochs")
+    where = pick_device(device); one = next(legs[-1].batches(0, 0)).to(where)
+    with torch.no_grad(): distiller.check(model.to(where).eval()(one), show(one), frames.labelled)
     return model, legs
 
 # %% ../../nbs/51_train.stages.ipynb #138d56a3
@@ -223,6 +227,7 @@ def fit(
 ) -> Progress:
     "Train the network of `role`, resuming what is in `folder`; returns what it cost."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    if pick_device(device).type == "cpu": torch.set_num_threads(1)      # sparse convolution is slower on two, and the bits depend on it
     run = f"{role}/{cfg.teacher.seed if role == 'teacher' else cfg.seed}"
     if role == "teacher": model, legs = teacher_legs(cfg, sets, run)
     elif role == "depth": model, legs = depth_legs(cfg, sets, run)
