@@ -6,7 +6,9 @@
 __all__ = ['voxelize', 'first_voxels', 'submanifold', 'strided', 'norm', 'block', 'Residual', 'with_bias', 'heights_left',
            'dense', 'SparseBackbone']
 
-# %% ../../nbs/21_layers.sparse.ipynb #72eece16
+# %% ../../nbs/21_layers.sparse.ipynb #c8973581
+import logging
+
 import torch
 from torch import Tensor, nn
 import spconv.pytorch as spconv
@@ -14,6 +16,8 @@ from spconv.core import ConvAlgo
 from spconv.pytorch.conv import SparseConvolution
 
 from ..geometry import Grid
+
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # spconv asks torch.fx an old question at every start
 
 # %% ../../nbs/21_layers.sparse.ipynb #8e3dbca5
 def voxelize(
