@@ -18,7 +18,7 @@ from cmkd.geometry import DepthBins
 from cmkd.models.student import Student
 from cmkd.models.teacher import Teacher
 from cmkd.taps import Taps
-from cmkd.train.stages import Shown, boxes2d, depth_term, load_teacher, needs_teacher
+from cmkd.train.stages import TeacherTaps, boxes2d, depth_term, load_teacher, needs_teacher
 from golden.det import det
 
 CFG = recipe(scale="smoke")
@@ -88,6 +88,19 @@ def test_every_term_is_weighed_by_the_score_of_its_box():
     assert pull(quality=True).cls < pull(quality=False).cls
 
 
+@pytest.mark.parametrize("quality", [True, False])
+def test_the_class_target_of_a_soft_box_is_its_score(quality):
+    "Eq. 5: a student that gives a positive the teacher's score has nothing to learn there; more and less pull to it from both sides."
+    soft = soft_boxes(maps(CARS[:1], [.7], [0]), ANCHORS, CFG); positive = (assign(ANCHORS, CFG.head, soft[0][0], soft[0][2]).labels > 0).flatten()
+    distiller = CMKD(replace(CFG, distill=replace(CFG.distill, feature=False, quality=quality, losses=replace(CFG.distill.losses, targets="label"))), ANCHORS)
+    for p, sign in ((.7, 0), (.9, 1), (.4, -1)):
+        student = maps([], []  , [], background=-6.); cls = student.cls.detach().clone(); rows = cls[0].permute(1, 2, 0).reshape(-1, 3)
+        rows[positive, 0] = torch.logit(torch.tensor(p)); cls = rows.reshape(*SHAPE, -1).permute(2, 0, 1)[None].clone().requires_grad_()
+        distiller(Taps(head=replace(student, cls=cls)), Taps(soft=soft), None).cls.backward()
+        slope = cls.grad[0].permute(1, 2, 0).reshape(-1, 3)[positive, 0]
+        assert positive.sum() > 2 and ((slope.abs() < 1e-7).all() if not sign else (slope*sign > 1e-6).all())
+
+
 @pytest.mark.parametrize("response", ["soft", "dense"])
 def test_quality_switch_does_something(response):
     "`distill.quality=false` is the row without s_i; it must change the loss of every response that has scores."
@@ -144,6 +157,7 @@ def test_checks_name_what_is_missing():
     with pytest.raises(ValueError, match="shows no 'head'"): d.check(Taps(bev=torch.ones(1)), Taps(), True)
     with pytest.raises(ValueError, match="needs a teacher"): d.check(Taps(bev=torch.ones(1), head=1), None, True)
     with pytest.raises(ValueError, match="learns from labels"): CMKD(CFG.override("distill.response=hard", "distill.feature=false"), ANCHORS).check(Taps(head=1), None, False)
+    with pytest.raises(ValueError, match="nothing to learn from"): CMKD(CFG.override("distill.feature=false", "distill.response=none"), ANCHORS)
     with pytest.raises(AttributeError, match="there is no tap 'rpn'"): Taps().need("rpn")
     assert not Distiller().student_taps and [needs_teacher(CFG.override(*o)) for o in ((), ("distill.feature=false", "distill.response=none"), ("distill.feature=false", "distill.response=none", "load_head=false"))] == [True, True, False]
 
@@ -151,7 +165,7 @@ def test_checks_name_what_is_missing():
 # --- the teacher's memory ---
 
 def test_shown_equals_the_teacher_and_remembers():
-    cfg, teacher = CFG, taught(); show = Shown(teacher, ("bev", "head", "soft"), cfg); b = batch()
+    cfg, teacher = CFG, taught(); show = TeacherTaps(teacher, ("bev", "head", "soft"), cfg); b = batch()
     with torch.no_grad(): direct = teacher(b)
     for shown in (show(b), show(b)):
         torch.testing.assert_close(shown.bev, direct.bev, atol=1e-5, rtol=1e-5)
@@ -163,8 +177,8 @@ def test_shown_equals_the_teacher_and_remembers():
     alone = replace(b, ids=["1"], points=torch.cat([torch.zeros(300, 1), b.points[b.points[:, 0] == 1][:, 1:]], 1))
     assert torch.equal(show(alone).bev[0], show(b).bev[1]) and len(show.known) == 2, "the same bits beside another frame"
     assert not torch.equal(show(batch(seed=1)).bev, shown.bev) and len(show.known) == 4
-    none = Shown(teacher, ("soft",), cfg); t = none(b); assert t.bev is None and t.head is None and len(t.soft) == 2
-    full = Shown(teacher, ("bev",), cfg, limit=direct.bev[0].nbytes); full(b); assert len(full.known) == 1, "no more than fits"
+    none = TeacherTaps(teacher, ("soft",), cfg); t = none(b); assert t.bev is None and t.head is None and len(t.soft) == 2
+    full = TeacherTaps(teacher, ("bev",), cfg, limit=direct.bev[0].nbytes); full(b); assert len(full.known) == 1, "no more than fits"
     empty = replace(b, points=b.points[b.points[:, 0] == 0]); assert torch.equal(show(empty).bev[0], show(b).bev[0]) and not show(empty).bev[1].isnan().any()
 
 

@@ -96,7 +96,9 @@ def test_recipes_in_numbers():
     differ = {"space.depth_bins": (80, 120), "space.image_voxel": ((.16,)*3, (.32, .32, .4)), "student.backbone": ("resnet101", "resnet50"), "student.feature_level": (1, 3),
               "student.collapse": (64, 128), "student.align": (True, False), "student.blocks": (5, 4), "student.block": ("figure", "released"), "student.align_corners": (True, False),
               "distill.response": ("soft", "dense"), "distill.feature_weight": (1., 32.), "distill.losses.cls": (1., 2.), "distill.losses.direction": (.2, .4), "distill.depth_weight": (0., .5),
-              "depth.mask_invalid": (True, False), "pretrain": (True, False), "data.mirror": (-1., 0.), "teacher.encoder": ("plain", "residual"), "teacher.losses.cls": (1., 8.)}
+              "depth.mask_invalid": (True, False), "pretrain": (True, False), "data.mirror": (-1., 0.), "teacher.encoder": ("plain", "residual"), "teacher.losses.cls": (1., 8.),
+              "teacher.losses.targets": ("assigned", "all"), "teacher.losses.normalise": ("positives", "sum"), "distill.losses.normalise": ("positives", "sum"), "depth.pool": ("min", "mean"),
+              "depth.weight": (3., 1.), "depth.foreground": (13., 1.)}
     a, b = paper.flat(), release.flat()
     for k, v in both.items(): assert a[k] == b[k] == v, k
     for k, v in differ.items(): assert (a[k], b[k]) == v, k

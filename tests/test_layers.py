@@ -93,6 +93,15 @@ def test_sparse_is_dense_where_voxels_are(residual):
     close(net(f, c, 2), x.detach(), 1e-9)
 
 
+@pytest.mark.parametrize("grid, channels", [(PAPER, (4, 4, 4, 4)), (Grid((0.,)*3, (8., 16., 20.), (1.,)*3), (4, 4, 4))])
+def test_an_empty_sweep_is_a_map_of_zeros(grid, channels):
+    "Of the shape of any other, whether the whole batch is empty or one of its frames."
+    net = SparseBackbone(grid, channels, 3).eval(); point = torch.tensor([[1, 5., 5, .5, 1]])
+    with torch.no_grad():
+        some, none = net(*voxelize(point, grid), 2), net(*voxelize(point[:0], grid), 2)
+    assert none.shape == some.shape and not none.any() and not some[0].any() and some[1].any()
+
+
 def test_the_bias_of_a_residual_learns():
     x = spconv.SparseConvTensor(torch.randn(6, 4), torch.cat([torch.zeros(6, 1), torch.arange(6.)[:, None].expand(-1, 3)], 1).int(), [6, 6, 6], 1)
     block = Residual(4, "k").train(); block(x).features.square().sum().backward()

@@ -88,9 +88,19 @@ def test_a_cut_leaves_no_record(toy, monkeypatch):
 def test_a_half_written_record_never_shows(toy, monkeypatch):
     make, _, store = toy
     with monkeypatch.context() as m:
-        m.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+        replace = os.replace
+        m.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError("disk full")) if Path(b).name == "record.json" else replace(a, b))
         with pytest.raises(OSError): make(role="teacher")
-    assert sorted(p.name for p in (store/run_name(CFG, "teacher")).iterdir()) == ["checkpoint.pt", "lock", "weights.safetensors"]
+    assert sorted(p.name for p in (store/run_name(CFG, "teacher")).iterdir()) == ["begun_from.json", "checkpoint.pt", "lock", "weights.safetensors"]
+
+
+def test_a_run_goes_on_only_with_what_it_began_with(tmp_path):
+    "A checkpoint of other data or other parents is refused; without a checkpoint the note is simply renewed."
+    runs.begun_from(tmp_path, dict(data="a", parents={}))
+    runs.begun_from(tmp_path, dict(data="b", parents={}))
+    (tmp_path/"checkpoint.pt").write_bytes(b"")
+    runs.begun_from(tmp_path, dict(data="b", parents={}))
+    with pytest.raises(ValueError, match="begun from other data"): runs.begun_from(tmp_path, dict(data="b", parents={"teacher": "x"}))
 
 
 def test_other_data_is_an_error(toy, monkeypatch):

@@ -86,8 +86,17 @@ def test_the_log(through):
 
 
 def test_nan_ends_the_run_before_it_spoils_the_weights(tmp_path):
-    with pytest.raises(FloatingPointError, match="first step 2: the loss is nan; lower the stage's lr"): Toy(tmp_path, nan_at=3)
+    with pytest.raises(FloatingPointError, match="first step 2: the loss is nan, .*lower the stage's lr"): Toy(tmp_path, nan_at=3)
     again = Toy(tmp_path); assert all(v.isfinite().all() for v in again.net.state_dict().values())
+
+
+def test_a_gradient_that_is_no_number_ends_it_too(tmp_path):
+    "The square root of zero is fine, its slope is not."
+    net = nn.Linear(1, 1, bias=False); nn.init.zeros_(net.weight)
+    one = lambda e, s: iter([Batch(["0"], torch.zeros(1, 3, 1, 1), *[torch.zeros(1)]*5, None, None)])
+    with pytest.raises(FloatingPointError, match="root step 0: the loss is 0.0, its gradient"):
+        train(net, [Leg("root", Stage(), 3, one, 1, lambda net, batch: Terms(box=net.weight.square().sum().sqrt()*0 + net.weight.abs().sqrt().sum()))], tmp_path, "x", progress=False, device="cpu")
+    assert net.weight.item() == 0
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -182,6 +191,26 @@ def test_sets_and_lengths(street):
     ids = [b.ids for b in batches(0, 0)]; assert [b.ids for b in batches(0, 1)] == ids[1:] and [b.ids for b in batches(1, 0)] != ids
 
 
+def test_what_each_role_is_fed(street):
+    "The teacher alone is turned and stretched; the student's picture and points are mirrored by `data.mirror`; both are cut to the space."
+    cfg = CFG.override("data.flip=1", "data.rotation=0.5", "data.scaling=0.1", "data.photometric=0"); sets = open_sets(cfg, street)
+    one = lambda cfg, role: next(feed(cfg, sets.train, role, "x", Stage(batch=4))[0](0, 0))
+    plain, student, teacher = one(cfg.override("data.flip=0"), "student"), one(cfg, "student"), one(cfg, "teacher")
+    assert plain.ids == student.ids == teacher.ids
+    assert torch.equal(teacher.images, plain.images) and torch.equal(student.images, plain.images.flip(3))
+    size = lambda b: torch.stack(b.boxes)[:, 0, 3:6]
+    assert torch.equal(size(student), size(plain)) and (size(teacher)/size(plain) - 1).abs().max() > .01 and (torch.stack(teacher.boxes)[:, 0, 6].abs() > .05).any()
+    x = plain.boxes[0][0]; u = RIG.P2 @ RIG.lidar_to_cam @ [*x[:3].tolist(), 1]; u = u[0]/u[2]
+    for mirror, tol in ((-1, 1e-3), (9, 1e-3)):
+        y = one(cfg.override(f"data.mirror={mirror}"), "student").boxes[0][0]; v = RIG.P2 @ RIG.lidar_to_cam @ [*y[:3].tolist(), 1]
+        assert abs(v[0]/v[2] - (320 + mirror - u)) < tol
+    low, high = cfg.space.low, cfg.space.high
+    for b in (plain, student, teacher, one(cfg.override("space.low=[4, -6.4, -3]", "space.high=[10.4, 6.4, 1]"), "student")):
+        if b is not plain and b is not student and b is not teacher: low, high = (4, -6.4, -3), (10.4, 6.4, 1)
+        p = b.points[:, 1:4]; assert (p >= torch.tensor(low) - 1e-5).all() and (p < torch.tensor(high) + 1e-5).all()
+    assert len(b.points) < len(plain.points) and all(len(x) == 0 for x in b.boxes), "the car at 11 m lies outside"
+
+
 def test_the_teacher_never_changes_and_its_head_moves_over(runs):
     sets, paths = runs; teacher = load_teacher(CFG, paths["teacher"]); taught = load_file(paths["teacher"]); seen = []
     model, legs = student_legs(CFG, sets, "x", teacher, paths["depth"], device="cpu")
@@ -248,6 +277,12 @@ def test_the_teacher_learns_from_labels_only(runs):
     sets, paths = runs; model, (leg,) = teacher_legs(CFG, sets, "x"); assert leg.per_epoch == 2
     terms = leg.step(model.train(), next(leg.batches(0, 0))); assert set(terms.named()) == {"cls", "box", "direction"}
     terms.total().backward(); assert all(p.grad is not None for p in model.parameters())
+
+
+def test_what_cannot_work_is_refused_at_once(runs):
+    sets, paths = runs
+    with pytest.raises(ValueError, match="only float32"): teacher_legs(CFG.override("teacher_stage.precision=bf16"), sets, "x")
+    with pytest.raises(ValueError, match="no steps"): student_legs(CFG.override("feature_stage.steps=0", "full_stage.steps=0"), sets, "x", load_teacher(CFG, paths["teacher"]), paths["depth"], device="cpu")
 
 
 def test_roles_and_parents_are_asked_for(runs, tmp_path):

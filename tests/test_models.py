@@ -19,7 +19,7 @@ from cmkd.layers.image import ImageMaps
 from cmkd.layers.sparse import voxelize
 from cmkd.models.student import ImageToBev, Student
 from cmkd.models.teacher import Teacher, bev_channels, bev_grid, lidar_grid
-from cmkd.train.stages import Shown, depth_term
+from cmkd.train.stages import TeacherTaps, depth_term
 from golden.det import det_fill, det_state, detu
 
 # --- the released networks, name by name ---
@@ -84,7 +84,7 @@ def test_released_training_step(golden):
     depth = torch.zeros(2, 96, 320); depth[:, ::8, ::8] = detu("l.train.depth", (2, 12, 40), 0, 60)*(detu("l.train.dmask", (2, 12, 40)) >= .6)
     batch = Batch(["0", "1"], detu("l.train.img", (2, 3, 96, 320)), torch.tensor([[96, 320]]*2), points, *(torch.tensor(rig[k]).expand(2, -1, -1) for k in ("lidar_to_cam", "P2")), depth, None, None)
     distiller = CMKD(cfg, model.anchors)
-    taps = model(batch); terms = distiller(taps, Shown(teacher, distiller.teacher_taps, cfg)(batch), batch)
+    taps = model(batch); terms = distiller(taps, TeacherTaps(teacher, distiller.teacher_taps, cfg)(batch), batch)
     terms.depth = cfg.distill.depth_weight*depth_term(taps.depth_logits, batch, cfg)
     want = dict(zip(z["tb_names"], z["tb_values"]))
     for ours, theirs in (("feature", "bev_loss"), ("cls", "rpn_loss_cls"), ("box", "rpn_loss_loc"), ("direction", "rpn_loss_dir"), ("depth", "loss_depth")):
@@ -267,5 +267,7 @@ def test_a_set_is_detected_frame_by_frame(role, tmp_path):
     if role == "student":
         frame = Noise().frame(1); one = detect_image(model, cfg, frame.image, frame.calib)
         close(one.boxes, a["b"].boxes, 1e-3); assert one.names.tolist() == a["b"].names.tolist()
+    else:
+        with pytest.raises(ValueError, match="needs a student, got a Teacher"): detect_image(model, cfg, Noise().frame(1).image, TOY)
     with pytest.raises(ValueError, match="does not fit this"): load_model(cfg.override("bev.filters=[8, 8]"), role, tmp_path/"w.safetensors")
     with pytest.raises(ValueError, match="role must be"): load_model(cfg, "depth", tmp_path/"w.safetensors")
