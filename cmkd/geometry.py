@@ -55,7 +55,7 @@ def img_to_cam(
     depth: np.ndarray,   # (N,) z_cam, m
     calib: Calibration,
 ) -> np.ndarray:         # (N, 3) rectified cam, m
-    "Back-projection: the point on the pixel's ray at that depth; exact for any upper triangular `P2`."
+    "Back-projection: the point on the pixel's ray at that depth; exact for any upper triangular `P2` without skew."
     (fu, _, cu, bu), (_, fv, cv, bv), (_, _, _, bw) = calib.P2
     s = depth + bw
     return np.stack([(uv[:, 0]*s - cu*depth - bu)/fu, (uv[:, 1]*s - cv*depth - bv)/fv, depth], 1)
