@@ -159,8 +159,10 @@ def dots(
     for j, (column, colour) in enumerate((("paper", "#7a7a7a"), ("ours", COLOURS["student"])), 1):
         there = table[table[column].notna()]
         spread = dict(type="data", array=there["std"].fillna(0), thickness=1.5) if column == "ours" else None
-        fig.add_trace(go.Scatter(x=there[column], y=list(there.index), mode="lines+markers+text", error_x=spread, text=[f"{v:.1f}" for v in there[column]], textposition="top center",
-                                 marker=dict(size=10, color=colour), line=dict(width=1, color="#d8d8d8"), name=column, showlegend=False), 1, j)
+        path = there[there["paper"].notna()]                    # control rows stand beside the paper's path
+        fig.add_trace(go.Scatter(x=path[column], y=list(path.index), mode="lines", line=dict(width=1, color="#d8d8d8"), hoverinfo="skip", showlegend=False), 1, j)
+        fig.add_trace(go.Scatter(x=there[column], y=list(there.index), mode="markers+text", error_x=spread, text=[f"{v:.1f}" for v in there[column]], textposition="top center",
+                                 marker=dict(size=10, color=colour), name=column, showlegend=False), 1, j)
         top = there[column].max() if len(there) else 1.
         fig.update_xaxes(title=label, range=[0, max(1., top*1.2)], row=1, col=j)
     fig.update_yaxes(categoryorder="array", categoryarray=lines[::-1], range=[-.6, len(lines) - .3])
