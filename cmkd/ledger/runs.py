@@ -254,8 +254,12 @@ def world(scale: str, folder=None, progress: bool=True) -> Path: # a folder in K
     write(folder, STREET, WORLDS[scale], progress=progress, workers=2)
     return folder
 
-# %% ../../nbs/60_ledger.runs.ipynb #67d7672d
-def judged_on(run: Run, frames: FrameSet) -> Run:
-    "The same run with its AP on `frames`, for looking at; `data.val` names them."
-    ap = judge(run.config, run.record["role"], run.weights, frames, progress=False)
-    return replace(run, record=run.record | dict(ap=ap, config=run.record["config"] | {"data.val": frames.split}))
+# %% ../../nbs/60_ledger.runs.ipynb #d8056446
+def judged_on(run: Run, frames: FrameSet, progress: bool=False) -> Run:
+    "The same run with its AP on `frames`, from `ap-SPLIT.json` in its folder or measured now; `data.val` of the copy names the split."
+    file, made = run.folder/f"ap-{frames.split}.json", dict(split=frames.split, data=frames.manifest(), weights_sha256=run.record["weights_sha256"])
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    if {k: kept.get(k) for k in made} != made:
+        kept = made | dict(ap=judge(run.config, run.record["role"], run.weights, frames, progress))
+        write_json(file, kept)
+    return replace(run, record=run.record | dict(ap=kept["ap"], config=run.record["config"] | {"data.val": frames.split}))
