@@ -12,7 +12,7 @@ from cmkd.layers.adapt import DomainAdaptation, ReleasedBlock, SelfCalibrated
 from cmkd.layers.bev import BevBackbone, height_to_channels
 from cmkd.layers.image import MEAN, STD, ImageBackbone, ImageBranch, ImageMaps, inside
 from cmkd.layers.lift import lift, lift_plain, rays, voxel_texels
-from cmkd.layers.sparse import Residual, SparseBackbone, dense, submanifold, voxelize
+from cmkd.layers.sparse import Residual, SparseBackbone, dense, voxelize
 from golden.det import det, det_fill
 
 PAPER = Grid((2., -30.08, -3.), (46.8, 30.08, 1.), (.04, .04, .1))

@@ -1,6 +1,5 @@
 "Teacher and student: the released networks' numbers, and does a pixel land where geometry says?"
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from cmkd.layers.sparse import voxelize
 from cmkd.models.student import ImageToBev, Student
 from cmkd.models.teacher import Teacher, bev_channels, bev_grid, lidar_grid
 from cmkd.train.stages import TeacherTaps, depth_term
-from golden.det import det_fill, det_state, detu
+from golden.det import det_state, detu
 
 # --- the released networks, name by name ---
 
