@@ -110,6 +110,7 @@ class Student:
     blocks: int = 5                           # self-calibrated blocks in it
     block: str = "figure"                     # 'figure' is Fig. 2 of the supplement, 'released' adds a 1x1 and a skip
     align_corners: bool = True                # texel convention of the lift; the released code mixes two
+    lift: str = "fused"                       # 'fused' with the collapse, or 'plain': frustum and volume are built, rounding as released
 
 # %% ../nbs/01_config.ipynb #9c9ac553
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ class Stage:
     warm: float = .4                          # fraction of the cycle that climbs
     div: float = 10.                          # start at lr / div
     final_div: float = 1000.                  # end at lr / div / final_div
+    late: bool = True                         # one step late: the first rate is used twice, as in the released student's loop
     precision: str = "no"                     # 'no' or 'bf16' for the networks; losses are fp32
 
 # %% ../nbs/01_config.ipynb #85bf32b5
@@ -167,7 +169,7 @@ class Config:
     depth: Depth = Depth()
     pretrain: bool = True                     # start the image branch from depth pre-training
     load_head: bool = True                    # take 2D backbone and head from the teacher
-    teacher_stage: Stage = Stage(epochs=80, lr=3e-3, batch=4)
+    teacher_stage: Stage = Stage(epochs=80, lr=3e-3, batch=4, final_div=1e4, late=False)
     depth_stage: Stage = Stage(epochs=40, lr=1e-3)
     feature_stage: Stage = Stage(epochs=60, lr=2e-3)
     full_stage: Stage = Stage(epochs=20, lr=1e-4)
@@ -247,7 +249,7 @@ RELEASE = (
     "data.mirror=0", "space.depth_bins=120", "space.image_voxel=[0.32, 0.32, 0.4]", "teacher.encoder=residual",
     "teacher.losses.cls=8", "teacher.losses.targets=all", "teacher.losses.normalise=sum",
     "student.backbone=resnet50", "student.feature_level=3", "student.collapse=128", "student.align=false",
-    "student.blocks=4", "student.block=released", "student.align_corners=false",
+    "student.blocks=4", "student.block=released", "student.align_corners=false", "student.lift=plain",
     "distill.feature_weight=32", "distill.response=dense", "distill.depth_weight=0.5", "distill.losses.cls=2",
     "distill.losses.direction=0.4", "distill.losses.normalise=sum", "depth.weight=1", "depth.foreground=1", "depth.mask_invalid=false", "depth.pool=mean",
     "pretrain=false")
@@ -262,7 +264,7 @@ MINI = (
     'student.backbone_args={"layers": [1, 1, 1, 1], "channels": [32, 48, 64, 64], "stem_type": "deep", "stem_width": 8}',
     "student.reduced=24", "student.aspp=48", "student.rates=[2, 4, 6]", "student.dropout=0", "student.collapse=32", "student.blocks=2",
     "distill.feature_norm=true", "distill.feature_weight=1", "checkpoint_seconds=60",
-    "teacher_stage.epochs=0", "teacher_stage.steps=2000", "teacher_stage.batch=8", "teacher_stage.clip=10", "teacher_stage.warm=0.2",
+    "teacher_stage.epochs=0", "teacher_stage.steps=1800", "teacher_stage.batch=8", "teacher_stage.clip=10", "teacher_stage.warm=0.2",
     "depth_stage.epochs=0", "depth_stage.steps=400", "depth_stage.lr=3e-3", "depth_stage.batch=8", "depth_stage.warm=0.2", "depth_stage.precision=bf16",
     "feature_stage.epochs=0", "feature_stage.steps=0", "feature_stage.batch=8", "feature_stage.precision=bf16",
     "full_stage.epochs=0", "full_stage.steps=1400", "full_stage.lr=3e-3", "full_stage.batch=8", "full_stage.warm=0.2", "full_stage.precision=bf16")

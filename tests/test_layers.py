@@ -234,13 +234,20 @@ def test_released_sampling_grid(b):
     assert (seen.abs() <= 1).all(-1).sum() == b["n_inside"]
 
 
+def separate(features, depth, seen, shape):
+    "What `lift` sums over the heights, (B, C, Z, Y, X): a collapse that keeps every height and channel apart."
+    Z, C = shape[0], features.shape[1]
+    apart = torch.eye(C*Z, dtype=features.dtype).view(C, Z, C*Z).transpose(0, 1)
+    return lift(features, depth, seen, apart, shape[1:]).reshape(len(features), C, *shape)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_released_voxels(b, fast):
     "The golden's frustum is no outer product, but it is a sum of them: bin by bin, or channel by channel."
     grid, texels = released_texels(b)
     frustum = torch.tensor(b["frustum_features"])[0]                            # (C, D, h, w)
-    seen = rays(texels, (12, 39), 16)
-    run = lambda f, d: lift(f, d, [seen]*len(f), grid.shape) if fast else lift_plain(f, d, texels.expand(len(f), -1, -1), grid.shape)
+    seen = rays(texels, (12, 39), 16, grid.shape)
+    run = lambda f, d: separate(f, d, [seen]*len(f), grid.shape) if fast else lift_plain(f, d, texels.expand(len(f), -1, -1), grid.shape)
     by_channel = run(torch.ones(4, 1, 12, 39), frustum)[:, 0]
     one = torch.eye(16)[:, :, None, None].expand(16, 16, 12, 39)
     by_bin = run(frustum.transpose(0, 1), one).sum(0)
@@ -257,25 +264,29 @@ def small_rig(align, level=(5, 7), image=(20, 28)):
 def test_lift_and_its_gradient(align):
     grid, bins, texels = small_rig(align); torch.manual_seed(0)
     f, d = torch.randn(2, 2, 5, 7, dtype=torch.float64, requires_grad=True), torch.rand(2, 4, 5, 7, dtype=torch.float64, requires_grad=True)
-    seen = [rays(texels, (5, 7), 4)]*2
-    fast, plain = (lambda f, d: lift(f, d, seen, grid.shape)), (lambda f, d: lift_plain(f, d, texels.expand(2, -1, -1), grid.shape))
-    assert (plain(f, d) != 0).any(1).float().mean() > .15 and (plain(f, d) == 0).any()
-    close(fast(f, d), plain(f, d).detach().numpy(), 1e-6)
-    weight = torch.randn_like(plain(f, d))
-    for a, b in zip(*(torch.autograd.grad((run(f, d)*weight).sum(), (f, d)) for run in (fast, plain))): close(a, b.numpy(), 1e-6)
-    assert torch.autograd.gradcheck(fast, (f, d), atol=1e-6)
+    m = torch.randn(grid.shape[0], 2, 3, dtype=torch.float64, requires_grad=True)
+    plain = lambda f, d, m: torch.einsum("bczyx,zco->boyx", lift_plain(f, d, texels.expand(2, -1, -1), grid.shape), m)
+    assert (plain(f, d, m) != 0).any(1).float().mean() > .15 and (plain(f, d, m) == 0).any()
+    for limit in (1, 80, 2**16):     # a height a slab, two, all
+        seen = [rays(texels, (5, 7), 4, grid.shape, limit)]*2
+        fast = lambda f, d, m: lift(f, d, seen, m, grid.shape[1:])
+        close(fast(f, d, m), plain(f, d, m).detach().numpy(), 1e-6)
+        weight = torch.randn_like(plain(f, d, m))
+        for a, b in zip(*(torch.autograd.grad((run(f, d, m)*weight).sum(), (f, d, m)) for run in (fast, plain))): close(a, b.numpy(), 1e-6)
+        assert torch.autograd.gradcheck(fast, (f, d, m), atol=1e-6)
 
 
 def test_every_frame_has_its_own_rig():
     "Two rigs in one batch give what each gives alone; a voxel behind the camera stays empty."
     grid, bins, t = small_rig(True); torch.manual_seed(0)
     f, d = torch.randn(2, 2, 5, 7), torch.rand(2, 4, 5, 7)
-    other = rays(t + torch.tensor([.7, -.4, .2], dtype=torch.float64), (5, 7), 4); seen = [rays(t, (5, 7), 4), other]
-    both = lift(f, d, seen, grid.shape)
-    for k in (0, 1): close(both[k], lift(f[k:k + 1], d[k:k + 1], [seen[k]], grid.shape)[0].numpy(), 1e-6)
+    other = rays(t + torch.tensor([.7, -.4, .2], dtype=torch.float64), (5, 7), 4, grid.shape); seen = [rays(t, (5, 7), 4, grid.shape), other]
+    both = separate(f, d, seen, grid.shape)
+    for k in (0, 1): close(both[k], separate(f[k:k + 1], d[k:k + 1], [seen[k]], grid.shape)[0].numpy(), 1e-6)
     behind = Grid((-9., -3., -2.), (0., 3., 2.), (1.5, 1.5, 2.))
     cam = torch.tensor([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1.]]); P2 = torch.tensor([[30., 0, 14, 3], [0, 34., 9, .5], [0, 0, 1, 0]])
-    assert len(rays(voxel_texels(behind, cam, P2, bins, (20, 28), (5, 7)), (5, 7), 4).voxel) == 0
+    nothing = rays(voxel_texels(behind, cam, P2, bins, (20, 28), (5, 7)), (5, 7), 4, behind.shape)
+    assert nothing.seen == 0 and (separate(f, d, [nothing]*2, behind.shape) == 0).all()
 
 
 @pytest.mark.parametrize("align", [True, False])
@@ -285,5 +296,5 @@ def test_texels_by_hand(align):
     cam = torch.tensor([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, -.5], [0, 0, 0, 1.]]); P2 = torch.tensor([[200., 0, 160, 4], [0, 210., 50, 0], [0, 0, 1, 0]])
     u, v, z = 160 + (200*-1.5 + 4)/8, 50 + 210*.5/8, 8.                                          # centre (8.5, 1.5, -.5)
     i = -.5 + .5*np.sqrt(1 + 8*(z - 2)/(2*44.8/(80*81)))
-    want = [u/319*79, v/95*23, i - .5] if align else [u/319*80 - .5, v/95*24 - .5, i/79*80 - .5]
+    want = [u/4, v/4, i - .5] if align else [u/319*80 - .5, v/95*24 - .5, i/79*80 - .5]
     close(voxel_texels(grid, cam, P2, bins, (96, 320), (24, 80), align)[0], want, 1e-6)

@@ -140,10 +140,6 @@ EVEN = Calibration([[185.9, 0, 159.5, 0], [0, 185.9, 44, 0], [0, 0, 1, 0]], np.e
 PLACES = [(11., 3.2, -.6), (17., -5., -.2), (24.5, .6, -.8)]                     # lidar, m: the middles of three upright boards
 
 
-class Sum(nn.Module):
-    def forward(self, x): return x.sum(1, keepdim=True)
-
-
 class Eye(nn.Module):
     "An image branch that sees perfectly: a cell shows the pixel under its centre, and knows its depth."
     def __init__(self, stride, bins, depth): super().__init__(); self.stride, self.bins, self.depth = stride, bins, depth
@@ -168,8 +164,10 @@ def lifted(cfg, samples, stride):
     with torch.device("meta"): net = ImageToBev(cfg)
     batch = collate(samples)
     depth = torch.stack([torch.where(s.image[0] > 0, s.depth[s.depth > 0].mean(), 0.) for s in samples])
-    net.image, net.collapse = Eye(stride, net.bins, depth), Sum()
-    return net, net.eval()(batch)[1][:, 0].double()
+    heights = net.grid.shape[0]
+    net.image, net.collapse = Eye(stride, net.bins, depth), nn.Sequential(nn.Conv2d(heights, 1, 1, bias=False))
+    nn.init.ones_(net.collapse[0].weight)
+    return net, net.eval()(batch)[1][:, 0].detach().double()
 
 
 def middle(grid, light):
@@ -197,6 +195,16 @@ def test_light_lands_where_the_points_are(cfg, rig, size, stride, tolerance, fli
     assert (error[:, 1] < tolerance[0]).all() and (error[:, 0] < tolerance[1]).all(), error
     far = (net.grid.centres()[0, ..., :2] - truth[:, None, None]).norm(dim=-1) > 2.4 + max(net.grid.cell)*2
     assert (light*far).sum() < .02*light.sum()
+
+
+def test_lift_has_no_bias():
+    "Cells are four pixels wide, so one board may be off by a third of a metre; boards all over the picture are not, on average."
+    cfg, across = recipe(scale="mini"), np.linspace(-8.5, 8.5, 35)
+    samples = [prepare(board((17., y, -.3), TOY, (96, 320))) for y in across]
+    net, light = lifted(cfg, samples, 4)
+    error = (middle(net.grid, light)[:, 1] - torch.stack([s.points[:, 1].double().mean() for s in samples])).numpy()
+    slope, shift = np.polyfit(across, error, 1)
+    assert abs(shift) < .05 and abs(slope) < .03, (shift, slope)
 
 
 def test_mirrored_frame_mirrors_both_maps():

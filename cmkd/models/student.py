@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ImageToBev', 'Student']
 
-# %% ../../nbs/31_models.student.ipynb #ab231640
+# %% ../../nbs/31_models.student.ipynb #115411c6
+import torch
 from torch import Tensor, nn
 
 from ..config import Config
@@ -15,7 +16,7 @@ from ..layers.adapt import DomainAdaptation
 from ..layers.anchors import AnchorHead, make_anchors
 from ..layers.bev import BevBackbone, height_to_channels
 from ..layers.image import ImageBranch, ImageMaps, conv
-from ..layers.lift import Rays, lift, rays, voxel_texels
+from ..layers.lift import Rays, lift, lift_plain, rays, voxel_texels
 from .teacher import bev_channels, bev_grid
 from ..taps import Taps
 
@@ -29,13 +30,16 @@ class ImageToBev(nn.Module):
         self.bins = DepthBins(*cfg.space.depth, cfg.space.depth_bins)
         self.image = ImageBranch(s, self.bins.count)
         self.collapse = conv(s.reduced*self.grid.shape[0], s.collapse)
-        self.known: dict[tuple, Rays] = {}
+        if s.lift not in ("fused", "plain"): raise ValueError(f"student.lift must be 'fused' or 'plain', got {s.lift!r}")
+        self.known: dict[tuple, Rays | Tensor] = {}
 
-    def rays(self, lidar_to_cam: Tensor, P2: Tensor, image: tuple[int, int], level: tuple[int, int]) -> Rays:
-        "The rays of one rig, from memory when it was seen before (a few rigs are kept)."
+    def geometry(self, lidar_to_cam: Tensor, P2: Tensor, image: tuple[int, int], level: tuple[int, int]) -> Rays | Tensor:
+        "What the lift needs of one rig, from memory when it was seen before (a few rigs are kept): rays, or texels for the plain lift."
         key = (lidar_to_cam.cpu().numpy().tobytes(), P2.cpu().numpy().tobytes(), image, level, str(P2.device))
         if key in self.known: found = self.known.pop(key)
-        else: found = rays(voxel_texels(self.grid, lidar_to_cam, P2, self.bins, image, level, self.cfg.student.align_corners), level, self.bins.count)
+        else:
+            found = voxel_texels(self.grid, lidar_to_cam, P2, self.bins, image, level, self.cfg.student.align_corners)
+            if self.cfg.student.lift == "fused": found = rays(found, level, self.bins.count, self.grid.shape)
         while len(self.known) >= 8: self.known.pop(next(iter(self.known)))       # the one that was not asked for longest
         self.known[key] = found
         return found
@@ -43,9 +47,11 @@ class ImageToBev(nn.Module):
     def forward(self, batch: Batch) -> tuple[ImageMaps, Tensor]:
         "Image maps and the collapsed BEV map (B, C, Y, X)."
         maps = self.image(batch.images, batch.sizes)
-        seen = [self.rays(c, p, tuple(batch.images.shape[2:]), tuple(maps.features.shape[2:])) for c, p in zip(batch.lidar_to_cam, batch.P2)]
-        volume = lift(maps.features.float(), maps.depth, seen, self.grid.shape)
-        return maps, self.collapse(height_to_channels(volume))
+        features, depth, (Z, *YX) = maps.features.float(), maps.depth, self.grid.shape
+        known = [self.geometry(c, p, tuple(batch.images.shape[2:]), tuple(features.shape[2:])) for c, p in zip(batch.lidar_to_cam, batch.P2)]
+        if self.cfg.student.lift == "plain": return maps, self.collapse(height_to_channels(lift_plain(features, depth, torch.stack(known), self.grid.shape)))
+        weight = self.collapse[0].weight.view(-1, features.shape[1], Z).permute(2, 1, 0)   # its rows run over channel, then height
+        return maps, self.collapse[1:](lift(features, depth, known, weight, tuple(YX)))
 
 # %% ../../nbs/31_models.student.ipynb #3e378ad9
 class Student(nn.Module):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['lidar_grid', 'bev_grid', 'Teacher', 'bev_channels']
 
-# %% ../../nbs/30_models.teacher.ipynb #86540725
+# %% ../../nbs/30_models.teacher.ipynb #a0a01a87
+import torch
 from torch import nn
 
 from ..config import Config, Space
@@ -38,14 +39,14 @@ class Teacher(nn.Module):
             raise ValueError(f"teacher.channels has {len(t.channels)} stages, so one BEV cell is {2**(len(t.channels) - 1)} voxels; "
                              f"space.bev_cell / space.lidar_voxel is {reach}: change one of them")
         self.backbone3d = SparseBackbone(self.grid, t.channels, t.out_channels, t.encoder == "residual")
-        self.bev2d = BevBackbone(bev_channels(cfg), cfg.bev)
-        self.head = AnchorHead(self.bev2d.out_channels, cfg.head)
+        self.bev2d = BevBackbone(bev_channels(cfg), cfg.bev).to(memory_format=torch.channels_last)
+        self.head = AnchorHead(self.bev2d.out_channels, cfg.head).to(memory_format=torch.channels_last)
         self.register_buffer("anchors", make_anchors(cfg.head, cfg.space.low, cfg.space.high, (Y, X)), persistent=False)
 
     def forward(self, batch: Batch) -> Taps:
         "Taps `bev`, `bev2d` and `head`."
         features, coords = voxelize(batch.points, self.grid, self.cfg.space.max_points, self.cfg.space.max_voxels)
-        bev = height_to_channels(self.backbone3d(features, coords, len(batch)))
+        bev = height_to_channels(self.backbone3d(features, coords, len(batch))).contiguous(memory_format=torch.channels_last)
         bev2d = self.bev2d(bev)
         return Taps(bev=bev, bev2d=bev2d, head=self.head(bev2d))
 
