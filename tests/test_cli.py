@@ -9,7 +9,7 @@ from cmkd import cli
 from cmkd.data.kitti import read_label, write_label
 from cmkd.ledger.runs import WORLDS
 
-COMMANDS = ("doctor", "world", "train", "evaluate", "detect", "table", "run")
+COMMANDS = ("doctor", "world", "train", "evaluate", "detect", "convert", "table", "run")
 CAR = "Car 0.00 0 1.85 387.63 181.54 423.81 233.12 1.67 1.87 3.69 -16.53 2.39 28.49 1.57"
 
 
@@ -42,6 +42,9 @@ def test_help_names_every_command(capsys):
     (("train", "--scale", "full"), "--data"),
     (("evaluate", "--labels", "/nowhere", "--detections", "/nowhere"), "/nowhere"),
     (("detect", "a.png", "--calib", "a.txt", "--weights", "/nowhere"), "cmkd train"),
+    (("convert", "/nowhere.pth", "--out", "/tmp/x"), "/nowhere.pth"),
+    (("convert", __file__, "--out", "/tmp/x"), "test_cli.py: not loaded"),
+    (("convert", "--to-released", "/nowhere", "--out", "/tmp/x.pth"), "cmkd train"),
     (("table", "cmkd_t99"), "cmkd_t04_both_distillations"),
     (("table", "cmkd_t04", "--data", "/nowhere"), "cmkd doctor /nowhere"),
 ])
@@ -50,7 +53,7 @@ def test_bad_input_is_one_line_and_code_2(words, says, capsys):
     assert code == 2 and err.count("\n") == 1 and err.startswith(f"cmkd {words[0]}: ") and says in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("words", [(), ("fly",), ("train", "--recipe", "mine"), ("evaluate",), ("world",)])
+@pytest.mark.parametrize("words", [(), ("fly",), ("train", "--recipe", "mine"), ("evaluate",), ("world",), ("convert", "a.pth")])
 def test_bad_grammar_is_code_2(words, capsys):
     with pytest.raises(SystemExit) as e: cli.main(list(words))
     assert e.value.code == 2 and "usage" in capsys.readouterr().err

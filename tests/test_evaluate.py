@@ -1,15 +1,19 @@
 "KITTI AP against both reference evaluators, against a literal per-frame loop, and against damaged input."
+import hashlib
 import json
 import math
 import tarfile
-from dataclasses import fields
+import time
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from cmkd.data.kitti import Objects, read_detections, read_label
-from cmkd.evaluate.kitti import (_Contest, _curve, average_precision, evaluate, evaluate_folders, interval, overlaps,
-                                 precision_recall, table)
+from cmkd.evaluate.errors import by_distance, confusion, confusion_table, distance_table
+from cmkd.evaluate.kitti import (LOOSE, STRICT, Contest, average_precision, curve_of, evaluate, evaluate_folders, gt_status, interval,
+                                 overlaps, precision_recall, read_folders, score_thresholds, table)
+from cmkd.evaluate.speed import bench_detections, bench_labels, by_the_book, evaluator, measure
 
 DIFFICULTIES = ("easy", "moderate", "hard")
 
@@ -39,13 +43,13 @@ def test_agrees_with_the_cpp_devkit(reference):
     results = evaluate_folders(reference/"label_2", reference/"det")
     cpp = json.loads((reference/"cpp.json").read_text())
     names = {"2D": "detection", "AOS": "orientation", "BEV": "detection_ground", "3D": "detection_3d"}
-    worst = 0
+    worst, checked = 0, 0
     for recall in ("R11", "R40"):
         for cls in ("Car", "Pedestrian", "Cyclist"):
             for metric, name in names.items():
                 ours = np.array(values(results, cls, metric, recall), float)
-                worst = max(worst, np.abs(ours - cpp[recall][f"{cls.lower()}_{name}"]).max())
-    assert worst < 1e-4
+                worst = max(worst, np.abs(ours - cpp[recall][f"{cls.lower()}_{name}"]).max()); checked += len(ours)
+    assert checked == 72 and worst < 1e-4
 
 
 def test_agrees_with_the_python_evaluator_strict_and_loose(reference):
@@ -216,6 +220,20 @@ def as_detections(o):
     return Objects(*(getattr(o, f.name) for f in fields(Objects)[:-1]), np.ones(len(o)))
 
 
+def one(name="Car", x=0., z=20., box=(100, 100, 200, 150), occlusion=0, truncation=0., alpha=.1, score=None, **_):
+    "One row: a box of 1.5 x 2 x 4 m along z."
+    return Objects(np.array([name]), np.array([truncation]), np.array([occlusion]), np.array([alpha]), np.array([box], float), np.array([[1.5, 2, 4]]),
+                   np.array([[x, 1.6, z]]), np.array([np.pi/2]), None if score is None else np.array([score]))
+
+
+def rows(*tables): return Objects(*(None if getattr(tables[0], f.name) is None else np.concatenate([getattr(o, f.name) for o in tables]) for f in fields(Objects)))
+
+
+def best(labels, detections, **kw):
+    "Precision at recall 0: right boxes over all that are judged, at the highest threshold that a true positive sets."
+    return precision_recall([labels], [detections], **kw).precision[0]
+
+
 def nothing(): return Objects(*(v[:0] for v in (np.array(["a"]), *np.zeros((3, 1)), np.zeros((1, 4)), *np.zeros((2, 1, 3)), np.zeros(1))), np.zeros(0))
 
 
@@ -224,6 +242,94 @@ def test_ground_truth_against_itself_is_perfect(frames):
     results = evaluate(labels, [as_detections(o) for o in labels])
     full = results[results["class"].isin(["Car", "Pedestrian"]) & (results["difficulty"] != "easy")]
     assert len(full) == 64 and full["value"].astype(float).tolist() == pytest.approx([100]*64)
+
+
+def test_copied_labels_need_no_orientation_of_dontcare_regions(frames):
+    labels, _ = frames
+    copied = [replace(o, scores=np.ones(len(o))) for o in labels]                # as `awk` would make them, alpha -10 in DontCare rows
+    assert any((o.alpha == -10).any() for o in copied)
+    assert values(evaluate(labels, copied), "Pedestrian", "AOS")[1] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 40, 41, 42])
+def test_fewer_than_41_objects_cannot_give_100(n):
+    p = precision_recall([one()]*n, [one(score=.9)]*n).precision
+    assert average_precision(p) == pytest.approx(min(100, 100*(n - 1)/40)) and average_precision(p, "R11") == pytest.approx(min(100, 100*math.ceil(n/4)/11))
+
+
+def test_who_counts_at_the_edges():
+    box = lambda height: (100, 100, 200, 100 + height)
+    for difficulty, low, cut, occ in (("easy", 40, .15, 0), ("moderate", 25, .3, 1), ("hard", 25, .5, 2)):
+        count = lambda **kw: precision_recall([one(**kw)], [nothing()], difficulty=difficulty).n_gt
+        assert count(box=box(low)) == 0 and count(box=box(low + .01)) == 1                     # ground truth: taller than
+        assert count(truncation=cut) == 1 and count(truncation=cut + .01) == 0
+        assert count(occlusion=occ) == 1 and count(occlusion=occ + 1) == 0
+        judged = lambda height: best(rows(one(), one(x=10)), rows(one(score=.9), one(x=20, score=.95, box=box(height))), difficulty=difficulty)
+        assert judged(low) == .5 and judged(low - .01) == 1                                    # detections: at least as tall as
+    assert best(rows(one(), one("Van", x=10)), rows(one(score=.9), one(x=10, score=.95))) == 1          # a van is not a false car
+    assert best(rows(one(), one("Truck", x=10)), rows(one(score=.9), one(x=10, score=.95))) == .5       # a truck is
+    assert best(rows(one(), one(x=10)), rows(one(score=.9), one(x=20, score=.95, box=(100, 150, 200, 100)))) == .5   # upside down is tall enough to be false
+    person = dict(cls="Pedestrian", iou=.5)
+    assert best(rows(one("Pedestrian"), one("Person_sitting", x=10)), rows(one("Pedestrian", score=.9), one("Pedestrian", x=10, score=.95)), **person) == 1
+    assert best(rows(one("Pedestrian"), one("Cyclist", x=10)), rows(one("Pedestrian", score=.9), one("Pedestrian", x=10, score=.95)), **person) == .5
+    assert best(rows(one(), one(x=10, occlusion=3)), rows(one(score=.9), one(x=10, score=.95))) == 1     # nor is one that is too hard
+
+
+def test_a_match_overlaps_more_than_the_threshold():
+    half = one(box=(100, 100, 200, 125.), score=.9)                                            # 2D IoU exactly 1/2
+    found = lambda iou: precision_recall([one()], [half], metric="2D", iou=iou, difficulty="moderate").precision[0]
+    assert found(.5) == 0 and found(.4999) == 1
+
+
+def test_dontcare_forgives_what_it_covers_by_more_than_the_threshold():
+    region = lambda right: replace(one("DontCare", box=(400, 100, right, 150)), dimensions=-np.ones((1, 3)), locations=np.full((1, 3), -1000.))
+    false = one(x=30, box=(400, 100, 500, 150), score=.95)
+    judged = lambda right, metric: best(rows(one(), region(right)), rows(one(score=.9), false), metric=metric)
+    assert judged(471, "2D") == 1 and judged(470, "2D") == .5                                  # 71 and exactly 70 % of the box, threshold 0.7
+    assert judged(900, "2D") == 1                                                              # of the box, not of the region
+    assert judged(471, "BEV") == judged(471, "3D") == .5                                       # a region has no footprint
+
+
+def test_thresholds_come_by_score_and_counts_by_overlap():
+    gt, boxes = one(), rows(one(score=.9, z=20.5), one(score=.6))
+    assert precision_recall([gt], [boxes]).thresholds.tolist() == [.9]                         # the confident box sets the threshold
+    turned = rows(one(score=.9, alpha=.1 + math.pi, box=(105, 100, 205, 150)), one(score=.9, alpha=.1))
+    c = precision_recall([gt], [turned], metric="2D")
+    assert (c.precision[0], c.similarity[0]) == (.5, .5)                                       # the one that overlaps more is the match, and looks the right way
+    small = rows(one(score=.8, box=(100, 100, 200, 124)), one(score=.9, z=20.5), one(x=10, score=.5))
+    c = precision_recall([rows(gt, one(x=10))], [small])
+    assert c.thresholds.tolist() == [.9, .5] and c.precision[1] == 1                           # an ignored box gives way to one that counts, though it fits better
+    assert precision_recall([gt], [small[:1]], metric="BEV").recall.tolist() == []             # and alone it sets no threshold
+    assert precision_recall([gt], [replace(small[:2], scores=np.array([.9, .9]))]).recall.tolist() == []   # nor if its score is as high and it comes first
+    c = precision_recall([rows(gt, one(z=21.), one(x=10))], [rows(one(z=20.5, score=.9, box=(100, 100, 200, 124)), small[0:1], one(x=10, score=.5))])
+    assert c.recall.tolist() == [.5]                                                           # of ignored boxes the first in the file goes, and the second car has none
+    double = rows(one(score=.9, alpha=2.), one(score=.9))
+    assert precision_recall([gt], [double], metric="2D").similarity[0] == pytest.approx((1 + math.cos(1.9))/4)   # of equals, the first in the file
+
+
+def test_alpha_turns_the_similarity():
+    for turn, expected in ((0, 1), (math.pi/2, .5), (math.pi, 0), (-math.pi/2, .5), (2*math.pi, 1)):
+        assert precision_recall([one()], [one(alpha=.1 + turn, score=.9)], metric="2D").similarity[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_score_thresholds_against_the_plain_loop():
+    dice = np.random.default_rng(0)
+    for _ in range(200):
+        n = int(dice.integers(1, 300)); scores = dice.integers(0, 40, int(dice.integers(0, n + 1)))/40
+        v, kept, recall = sorted(scores.tolist(), reverse=True), [], 0.
+        for i, s in enumerate(v):
+            last = i == len(v) - 1
+            if not last and (i + 2)/n - recall < recall - (i + 1)/n: continue
+            kept.append(s); recall += 1/40
+        assert score_thresholds(scores, n).tolist() == kept and len(kept) <= 41
+
+
+def test_strict_and_loose_differ_from_above_only():
+    assert all(STRICT[c]["2D"] == LOOSE[c]["2D"] == STRICT[c]["AOS"] == LOOSE[c]["AOS"] for c in STRICT)
+    results = evaluate([one()]*50, [one(z=21., score=.9)]*50)                                  # IoU 0.6
+    at = lambda metric, strict: values(results, "Car", metric, "R40", strict)[1]
+    assert [at("BEV", True), at("BEV", False), at("3D", True), at("3D", False), at("2D", True)] == pytest.approx([0, 100, 0, 100, 100])
+    assert sorted(set(results["iou"])) == [.25, .5, .7] and len(results) == 144
 
 
 def test_no_detections_is_zero_and_no_ground_truth_is_none(frames):
@@ -265,7 +371,7 @@ def test_weights_are_repeated_frames():
     weights = np.random.default_rng(0).integers(0, 4, len(labels))
     repeat = lambda tables: [t for t, w in zip(tables, weights) for _ in range(w)]
     for metric in ("2D", "3D"):
-        weighted = _curve(_Contest(overlaps(labels, detections), "Car", metric, .5, "hard", 1., None), weights.astype(float))
+        weighted = curve_of(Contest(overlaps(labels, detections), "Car", metric, .5, "hard", 1., None), weights.astype(float))
         plain = precision_recall(repeat(labels), repeat(detections), "Car", metric, "hard", .5)
         for f in fields(plain): np.testing.assert_allclose(getattr(weighted, f.name), getattr(plain, f.name), atol=1e-12)
 
@@ -277,6 +383,30 @@ def test_interval_holds_the_value(frames):
         assert low < values(evaluate(labels, detections), "Car", metric)[1] < high
     assert interval(labels, detections, metric=metric, draws=60) == (low, high)
     assert interval([nothing()], [nothing()]) is None
+    other = interval(labels, detections, metric=metric, draws=60, seed=1)
+    assert other != (low, high) and interval(labels, detections, metric=metric, draws=60, level=.5)[0] > low
+
+
+def test_interval_by_hand():
+    spread = [one(x=10.*i) for i in range(41)]
+    labels, detections = [rows(*spread)]*2, [rows(*[replace(o, scores=np.array([.9])) for o in spread]), nothing()]
+    both, middle = 100, average_precision(precision_recall(labels, detections).precision)       # drawn: good twice 1/4, one of each 1/2, bad twice 1/4
+    at = lambda level: interval(labels, detections, draws=1000, level=level)
+    assert at(.95) == at(.6) == (0, both) and at(.4) == (middle, middle) and 45 < middle < 55
+
+
+def test_intervals_of_all_numbers_are_those_of_one(frames):
+    labels, detections = frames
+    results = evaluate(labels, detections, difficulties=("moderate",), draws=20)
+    assert results.columns.tolist()[-3:] == ["value", "low", "high"]
+    for metric in ("AOS", "BEV"):
+        row = results[(results["class"] == "Pedestrian") & (results["metric"] == metric) & (results["recall"] == "R11") & results["strict"]].iloc[0]
+        assert (row["low"], row["high"]) == interval(labels, detections, "Pedestrian", metric, "moderate", .5, "R11", draws=20)
+    assert " to " in table(results).loc[("Car", "3D"), "moderate"]
+    empty = evaluate([nothing()], [nothing()], draws=3)
+    assert all(v is None for k in ("value", "low", "high") for v in empty[k]) and evaluate([], [], draws=2)["low"].isna().all()
+    plain = evaluate(labels, detections, difficulties=("moderate",))
+    assert plain["value"].tolist() == results["value"].tolist()                                # asking for an interval changes no number
 
 
 def test_distance_splits_the_ground_truth(frames):
@@ -292,6 +422,72 @@ def test_distance_splits_the_ground_truth(frames):
                                precision_recall(labels, [o[o.locations[:, 2] < 30] for o in own], distance=(15, 30)).precision)
 
 
+def test_distance_by_hand():
+    band = lambda labels, boxes, near, far: precision_recall([labels], [boxes], distance=(near, far))
+    gt, box = one(z=14.9), one(z=15.1, score=.9)
+    assert band(gt, box, 0, 15).precision[0] == 1 and band(gt, box, 15, 30).n_gt == 0           # the object's band decides
+    assert band(one(z=15.), nothing(), 0, 15).n_gt == 0 and band(one(z=15.), nothing(), 15, 30).n_gt == 1
+    both = rows(one(z=10), one(x=10, z=20))
+    assert band(both, rows(one(z=10, score=.9), one(x=30, z=20, score=.95)), 0, 15).precision[0] == 1    # a false box is false in its own band
+    assert band(both, rows(one(z=10, score=.9), one(x=30, z=12, score=.95)), 0, 15).precision[0] == .5
+    assert band(rows(one(z=10), one(x=10, z=15.1)), rows(one(z=10, score=.9), one(x=10, z=14.9, score=.95)), 0, 15).precision[0] == 1   # it found an object beyond the band
+    assert band(both, rows(one(z=10, score=.9), one(x=10, z=20, score=.95)), 0, 15).thresholds.tolist() == [.9]
+
+
+def test_by_distance_is_evaluate_in_each_band(frames):
+    labels, detections = frames
+    results = by_distance(labels, detections)
+    for near, far in ((0, 15), (15, 30), (30, 50)):
+        part = results[results["near"] == near]
+        assert part["value"].tolist() == evaluate(labels, detections, distance=(near, far))["value"].tolist() and set(part["far"]) == {far}
+        assert part[(part["class"] == "Car") & (part["difficulty"] == "hard")]["objects"].unique().tolist() == [precision_recall(labels, detections, difficulty="hard", distance=(near, far)).n_gt]
+    shown = distance_table(results)
+    assert shown.index.tolist() == ["Car", "Pedestrian", "Cyclist"] and shown.columns.tolist() == ["0–15 m", "15–30 m", "30–50 m"]
+
+
+def counted(labels, boxes, **kw):
+    found = confusion([labels], [boxes], **kw)
+    return {(r["class"], r["of"], r["outcome"]): r["n"] for _, r in found.iterrows() if r["n"]}
+
+
+def test_confusion_by_hand():
+    gt = rows(one(), one("Van", x=10), one("Pedestrian", x=20), one(x=30, occlusion=3))
+    assert counted(gt, rows(one(score=.9), one(x=10, score=.9), one(x=30, score=.9))) == {
+        ("Car", "object", "found"): 1, ("Car", "box", "right"): 1, ("Pedestrian", "object", "unseen"): 1}          # van and hidden car take no part
+    assert counted(gt, rows(one(score=.9), one(x=20, score=.9))) == {
+        ("Car", "object", "found"): 1, ("Car", "box", "right"): 1, ("Car", "box", "other class"): 1, ("Pedestrian", "object", "called Car"): 1}
+    assert counted(gt, rows(one(score=.9), one(score=.2))) == counted(gt, one(score=.9))                            # below the score nothing is there
+    assert counted(gt, one(x=10, z=21.5, score=.9))[("Car", "box", "other class")] == 1                             # poorly over a van
+    assert counted(gt, one(score=.9, box=(100, 100, 200, 120)))  == {("Pedestrian", "object", "unseen"): 1}         # too small to count, so its car leaves too
+    assert counted(one(), rows(one(score=.9), one(z=21.5, score=.8)))[("Car", "box", "poorly placed")] == 1          # IoU 0.45
+    assert counted(one(), rows(one(score=.9), one(z=20.4, score=.8)))[("Car", "box", "duplicate")] == 1             # IoU 0.82
+    assert counted(rows(one(), one(z=23.)), one(score=.9))[("Car", "object", "unseen")] == 1                        # the box that touches it is another's
+    two = counted(rows(one(), one("Pedestrian", z=22.5)), rows(one(score=.9), one(z=21.8, score=.8)))               # touches both, the pedestrian more
+    assert two[("Car", "box", "other class")] == two[("Pedestrian", "object", "called Car")] == 1 and ("Car", "box", "poorly placed") not in two
+    far = dict(distance=(15, 30))
+    assert ("Car", "box", "background") not in counted(gt, rows(one(score=.9), one(x=50, z=40, score=.9)), **far)
+    assert counted(gt, one(score=.9), near=.1, metric="BEV", iou=LOOSE)[("Car", "object", "found")] == 1
+    with pytest.raises(ValueError, match="Tram"): confusion([gt], [nothing()], classes=("Tram",))
+
+
+@pytest.mark.parametrize("metric", ["2D", "BEV", "3D"])
+def test_confusion_adds_up(metric):
+    labels, detections = crowded(3)
+    o = overlaps(labels, detections)
+    found = confusion(labels, detections, score=.3, metric=metric)
+    for cls in ("Car", "Pedestrian", "Cyclist"):
+        n = {(r["of"], r["outcome"]): r["n"] for _, r in found[found["class"] == cls].iterrows()}
+        c = Contest(o, cls, metric, STRICT[cls][metric], "hard")
+        g, d = c.matches(np.array([.3])); d = d[:, 0]
+        left = ((c.gs[g] == 0) & (d >= 0) & (c.ds[d] == 1)).sum()                              # taken by a box too small to count
+        assert sum(v for (of, _), v in n.items() if of == "object") == (c.gs == 0).sum() - left
+        ignored = set(d[(d >= 0) & (c.gs[g] == 1)])
+        assert sum(v for (of, _), v in n.items() if of == "box") == sum(s >= .3 and part == 0 and i not in ignored and (b or i in set(d)) for i, (s, part, b) in enumerate(zip(o.det.scores, c.ds, c.blamed)))
+        assert n["object", "found"] == n["box", "right"] > 0
+    assert confusion_table(found).shape == (3, 6) and confusion_table(found, "box").shape == (3, 5)
+    assert confusion([], [])["n"].sum() == 0
+
+
 # ---- damage -------------------------------------------------------------------------------------------------------
 
 ROW = "Car 0.00 0 0.10 100.00 100.00 200.00 150.00 1.50 2.00 4.00 0.00 1.60 20.00 0.00"
@@ -305,16 +501,37 @@ def folders(tmp_path):
     return tmp_path/"label_2", tmp_path/"det"
 
 
-def test_missing_files_are_named(folders):
+def test_missing_and_foreign_files_are_named(folders, capsys):
     labels, det = folders
     (det/"000001.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"det/000001\.txt.*1 of 3.*allow_missing"): evaluate_folders(labels, det)
-    assert evaluate_folders(labels, det, allow_missing=True)["value"][0] > 0
-    assert evaluate_folders(labels, det, ids=["000000", "000002"])["value"][0] > 0
+    every = ["000000", "000001", "000002"]
+    with pytest.raises(FileNotFoundError, match=r"det/000001\.txt.*1 of 3"): evaluate_folders(labels, det, ids=every)
+    assert precision_recall(*read_folders(labels, det, ids=every, allow_missing=True)).n_gt == 3
+    assert precision_recall(*read_folders(labels, det, allow_missing=True)).n_gt == 3 and not capsys.readouterr().err
+    assert precision_recall(*read_folders(labels, det)).n_gt == 2                     # the devkit's rule: frames that have a detection file
+    assert "2 frames are evaluated" in (err := capsys.readouterr().err) and "000001.txt" in err
+    assert precision_recall(*read_folders(labels, det, ids=["000000", "000002"])).n_gt == 2 and not capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="000009"): evaluate_folders(labels, det, ids=["000009"], allow_missing=True)
+    with pytest.raises(ValueError, match="000002 is named more than once"): evaluate_folders(labels, det, ids=["000000", "000002", "000002"])
+    with pytest.raises(ValueError, match="ids is empty"): evaluate_folders(labels, det, ids=[])
     with pytest.raises(FileNotFoundError, match="nowhere"): evaluate_folders(labels, det.parent/"nowhere")
+    (det/"000009.txt").write_text(ROW + " 0.5\n")
+    with pytest.raises(ValueError, match=r"det/000009\.txt: no label file.*1 of 3"): evaluate_folders(labels, det)
     (det.parent/"empty").mkdir()
     with pytest.raises(ValueError, match="no label files"): evaluate_folders(det.parent/"empty", det)
+    with pytest.raises(FileNotFoundError, match="empty: no detection files"): evaluate_folders(labels, det.parent/"empty")
+
+
+def test_empty_files_and_classes_are_zero_or_a_dash(folders):
+    labels, det = folders
+    for p in det.iterdir(): p.write_text("")
+    results = evaluate_folders(labels, det)
+    assert {(r["class"], r["value"]) for _, r in results.iterrows()} == {("Car", 0.), ("Pedestrian", None), ("Cyclist", None)}
+    for p in det.iterdir(): p.write_text(ROW + " 0.9\n")
+    (labels/"000001.txt").write_text("\n")                                            # a picture without labels: its box is false
+    assert values(evaluate_folders(labels, det), "Car", "3D") == pytest.approx([100*(2/3)/40]*3)
+    for p in labels.iterdir(): p.write_text("")
+    assert set(evaluate_folders(labels, det)["value"]) == {None}
 
 
 @pytest.mark.parametrize("kind, row, message", [
@@ -323,6 +540,10 @@ def test_missing_files_are_named(folders):
     ("det", ROW.replace("2.00", "-2.00") + " 0.9", r"det/000001\.txt line 3: size is 1.5 -2 4, it must be positive"),
     ("det", ROW.replace("4.00", "0.00") + " 0.9", r"det/000001\.txt line 3: size is 1.5 2 0"),
     ("det", ROW, r"det/000001\.txt line 3: 15 columns"),
+    ("det", ROW + " 0.9 1", r"det/000001\.txt line 3: 17 columns"),
+    ("det", "Cra" + ROW[3:] + " 0.9", r"det/000001\.txt line 3: 'Cra' is no class of KITTI"),
+    ("label_2", "Boat" + ROW[3:], r"label_2/000001\.txt line 3: 'Boat' is no class"),
+    ("label_2", ROW.replace("0.10", "nan"), r"label_2/000001\.txt line 3: alpha is nan"),
     ("label_2", ROW.replace("1.50", "0.00"), r"label_2/000001\.txt line 3: size is 0 2 4"),
     ("label_2", ROW.replace("1.50", "tall"), r"label_2/000001\.txt.*tall")])
 def test_damaged_rows_are_named_by_file_and_line(folders, kind, row, message):
@@ -354,3 +575,63 @@ def test_real_labels_against_themselves(shared):
     results = evaluate(labels*60, [as_detections(o) for o in labels]*60)         # KITTI's 41 samples need many objects to fill
     known = [v for v in results["value"] if v is not None]
     assert known and min(known) > 99.9
+
+
+@pytest.fixture(scope="module")
+def val(shared):
+    "Labels of KITTI's 3,769 val frames."
+    archive = shared/"data/kitti_labels_calib_7481.tar.gz"
+    if not archive.exists(): pytest.skip(f"no {archive.name} in the data folder: the labels of all 7,481 frames")
+    ids = set((shared/"data/splits/val.txt").read_text().split())
+    with tarfile.open(archive) as t:
+        texts = {name[-10:-4]: t.extractfile(m).read().decode() for m in t if (name := m.name).endswith(".txt") and "label_2" in name and name[-10:-4] in ids}
+    kinds = (str, *[float]*14)
+    def parse(text):
+        columns = [np.array(c, k) for c, k in zip(zip(*(line.split() for line in text.splitlines())), kinds)] or [np.zeros(0, k) for k in kinds]
+        stack = lambda i, j: np.column_stack(columns[i:j])
+        return Objects(columns[0], columns[1], columns[2].astype(int), columns[3], stack(4, 8), stack(8, 11), stack(11, 14), columns[14])
+    return [parse(texts[i]) for i in sorted(texts)]
+
+
+def test_full_val_agrees_with_cpp_and_is_fast(val, golden):
+    "144 numbers of a C++ program that follows the devkit with boost's polygons, on `bench_detections` of val."
+    cpp = json.loads((golden/"evaluate_val.json").read_text())
+    detections = bench_detections(val)
+    text = hashlib.sha256("".join(f"{n} {a:.2f} {s:.4f} {z:.2f}\n" for o in detections for n, a, s, z in zip(o.names, o.alpha, o.scores, o.locations[:, 2])).encode()).hexdigest()
+    if text != cpp["detections"]: pytest.skip("this numpy draws other numbers, so these are other detections")
+    start = time.process_time(); results = evaluate(val, detections); spent = time.process_time() - start
+    assert len(val) == 3769 and sum(map(len, detections)) == 39075 and spent < 8
+    ours = {"/".join(map(str, (r["class"], r["metric"], r["recall"], r["strict"], r["difficulty"]))): r["value"] for _, r in results.iterrows()}
+    assert ours.keys() == cpp["values"].keys() and max(abs(ours[k] - v) for k, v in cpp["values"].items()) < 1e-6
+
+
+def test_full_val_against_itself_gives_100(val):
+    results = evaluate(val, [replace(o, scores=np.ones(len(o))) for o in val])
+    assert results["value"].tolist() == pytest.approx([100]*144)
+
+
+# ---- what it costs ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("metric", ["2D", "BEV", "3D"])
+def test_the_plain_twin_agrees(metric):
+    for labels, detections in (crowded(5), (made := bench_labels(80), bench_detections(made))):
+        for cls, iou in (("Car", .7), ("Pedestrian", .25)):
+            c = precision_recall(labels, detections, cls, metric, "hard", iou)
+            assert by_the_book(labels, detections, cls, metric, "hard", iou) == pytest.approx((average_precision(c.precision), average_precision(c.precision, "R11")), abs=1e-9)
+
+
+def test_made_up_labels_and_detections_are_fair():
+    labels = bench_labels(150); detections = bench_detections(labels)
+    assert evaluate(labels, [as_detections(o) for o in labels])["value"].notna().all()         # sizes, boxes and classes that KITTI could have
+    moderate = values(evaluate(labels, detections), "Car", "3D")[1]
+    assert 20 < moderate < 90
+    assert all((np.diff(o.scores) <= 0).all() for o in detections) and {n for o in detections for n in o.names} == {"Car", "Pedestrian", "Cyclist"}
+    assert bench_detections([]) == [] and [len(o) for o in bench_detections([nothing(), nothing()])] == [0, 0]
+    with pytest.raises(ValueError, match="frames is 0"): bench_labels(0)
+
+
+def test_a_bench_row_says_what_was_measured():
+    frame = evaluator(bench_labels(20), repeats=1)
+    assert frame.columns.tolist() == ["part", "variant", "n", "cpu_median", "cpu_least", "cpu_most", "peak_mb", "note"]
+    assert (frame["cpu_least"] > 0).all() and (frame["peak_mb"] > 10).all() and "times ours" in frame["note"].iloc[-1] and "20 frames" in frame["note"].iloc[0]
+    with pytest.raises(ValueError, match="repeats is 0"): measure(lambda: None, 0)

@@ -15,8 +15,9 @@ import pytest
 from cmkd.config import recipe
 from cmkd.core import Boxes, Calibration, Frame, root
 from cmkd.data.dataset import FrameSet
+from cmkd.data.world import WorldConfig, write
 from cmkd.ledger import notebooks, runs, tables
-from cmkd.ledger.runs import fit_or_load, load, locked, run_name
+from cmkd.ledger.runs import fit_all, fit_or_load, load, locked, run_name
 from cmkd.train.loop import Progress
 from cmkd.train.stages import Sets
 
@@ -272,3 +273,25 @@ def test_a_failing_notebook_keeps_the_last_good_one(tmp_path):
     with pytest.raises(RuntimeError, match="stopped with AssertionError: on purpose .*out.failed.ipynb"): notebooks.run_notebook(path, dict(fail=True), out)
     assert out.read_text() == good and (tmp_path/"out.failed.ipynb").exists() and not list(tmp_path.glob(".*"))
     assert notebooks.run_notebook(path, {}, out) == out and out.read_text() == good
+
+
+# --- side by side ---
+
+def test_side_by_side_gives_the_same_bits(tmp_path):
+    "Two students with their teacher and depth run, in two processes at a time and one after another; then nothing is made twice."
+    write(tmp_path/"street", WorldConfig(max_distance=27.), dict(train=8, val=2), progress=False)
+    cfg = recipe(scale="smoke").override("data.unlabelled=", "teacher_stage.steps=2", "depth_stage.steps=2", "full_stage.steps=2")
+    jobs = [(cfg, "student"), (cfg.override("distill.quality=false"), "student")]
+    together = fit_all(jobs, tmp_path/"street", tmp_path/"a", workers=2, progress=False)
+    alone = fit_all(jobs, tmp_path/"street", tmp_path/"b", workers=1, progress=False)
+    assert [r.record["weights_sha256"] for r in together] == [r.record["weights_sha256"] for r in alone] and together[0].name == alone[0].name
+    assert len(list((tmp_path/"a").iterdir())) == 4 and together[0].record["weights_sha256"] != together[1].record["weights_sha256"]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path/"a").rglob("record.json")}
+    fit_all(jobs, tmp_path/"street", tmp_path/"a", workers=2, progress=False)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path/"a").rglob("record.json")}
+
+
+def test_an_error_in_a_process_is_told(tmp_path):
+    write(tmp_path/"street", WorldConfig(max_distance=27.), dict(train=8, val=2), progress=False)
+    cfg = recipe(scale="smoke").override("data.unlabelled=", "teacher_stage.steps=2", "depth_stage.steps=2", "full_stage.batch=64")
+    with pytest.raises(ValueError, match="fewer than one batch of 64"): fit_all([(cfg, "student"), (cfg.override("seed=1"), "student")], tmp_path/"street", tmp_path/"a", workers=2, progress=False)

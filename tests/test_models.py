@@ -1,6 +1,4 @@
 "Teacher and student: the released networks' numbers, and does a pixel land where geometry says?"
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -16,25 +14,13 @@ from cmkd.detect import as_boxes, detect_image, detect_set, load_model
 from cmkd.distill.cmkd import CMKD
 from cmkd.layers.image import ImageMaps
 from cmkd.layers.sparse import voxelize
+from cmkd.models.checkpoints import released_name
 from cmkd.models.student import ImageToBev, Student
 from cmkd.models.teacher import Teacher, bev_channels, bev_grid, lidar_grid
 from cmkd.train.stages import TeacherTaps, depth_term
 from golden.det import det_state, detu
 
 # --- the released networks, name by name ---
-
-NAMES = [(r"^lifted\.image\.backbone\.net\.", "vfe.ffn.ddn.model.backbone."), (r"^lifted\.image\.aspp\.", "vfe.ffn.ddn.model.classifier.0."),
-         (r"^lifted\.image\.classify\.(\d)\b", lambda m: f"vfe.ffn.ddn.model.classifier.{int(m[1]) + 1}"),
-         (r"^lifted\.image\.reduce\.0", "vfe.ffn.channel_reduce.conv"), (r"^lifted\.image\.reduce\.1", "vfe.ffn.channel_reduce.bn"),
-         (r"^lifted\.collapse\.0", "map_to_bev_module.block.conv"), (r"^lifted\.collapse\.1", "map_to_bev_module.block.bn"),
-         (r"^adapt\.", "domain_adaptation."), (r"^backbone3d\.", "backbone_3d."), (r"^bev2d\.", "backbone_2d."), (r"^head\.", "dense_head.")]
-
-
-def released_name(key: str) -> str:
-    for ours, theirs in NAMES:
-        if re.match(ours, key): return re.sub(ours, theirs, key)
-    raise AssertionError(f"{key} has no counterpart in the released code")
-
 
 def fill(model: nn.Module, prefix: str="") -> nn.Module:
     model.load_state_dict({k: det_state(prefix + released_name(k), v.shape).to(v.dtype) for k, v in model.state_dict().items()})

@@ -50,7 +50,7 @@ def test_anatomy(path):
 def test_table_parameters(path):
     "Exactly one cell is tagged; names and types can be read."
     from cmkd.ledger.notebooks import declared
-    assert {"scale", "recipe", "seeds"} <= set(declared(path))
+    assert {"scale", "recipe"} <= set(declared(path))
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@
 __all__ = ['make_anchors', 'anchor_class', 'Targets', 'assign', 'HeadMaps', 'AnchorHead', 'decode_with_direction', 'decode_boxes',
            'detections', 'DetectionLosses', 'quality_targets', 'detection_loss', 'dense_response_loss']
 
-# %% ../../nbs/23_layers.anchors.ipynb #57b4c896
+# %% ../../nbs/23_layers.anchors.ipynb #1fd849d4
 import math
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..boxes import decode, encode, iou_3d, iou_nearest, nms, wrap
+from ..boxes import decode, encode, iou_3d, iou_upright, nearest_bev, nms, wrap
 from ..config import Head, Losses
 from .losses import direction_loss, direction_targets, quality_focal_loss, sine_difference, smooth_l1
 
@@ -53,15 +53,17 @@ def assign(
     head: Head,
     boxes: Tensor,    # (M, 7) lidar
     labels: Tensor,   # (M,) int64 class
+    upright: Tensor | None=None,  # (Y, X, A, 4) `nearest_bev` of the anchors, where it is known already
 ) -> Targets:
     "SECOND's assigner (section 3.3.2): nearest upright BEV IoU, a class at a time; every box gets its best anchors."
     if len(boxes) != len(labels): raise ValueError(f"assign got {len(boxes)} boxes and {len(labels)} labels")
     out = torch.zeros(anchors.shape[:-1], dtype=torch.int64, device=anchors.device)
     index = torch.full_like(out, -1)
     turns = len(head.rotations)
+    if upright is None: upright = nearest_bev(anchors.reshape(-1, 7)).view(*anchors.shape[:-1], 4)
     for c in labels.unique().tolist():
         mine, kinds = (labels == c).nonzero()[:, 0], slice(c*turns, (c + 1)*turns)
-        overlap = iou_nearest(anchors[..., kinds, :].reshape(-1, 7), boxes[mine].to(anchors.dtype))
+        overlap = iou_upright(upright[..., kinds, :].reshape(-1, 4), nearest_bev(boxes[mine].to(anchors.dtype)))
         best, which = overlap.max(1)
         most = overlap.amax(0)
         positive = (best >= head.positive[c]) | ((overlap == most) & (most > 0)).any(1)
@@ -185,7 +187,8 @@ def detection_loss(
     scores = [b.new_ones(len(b)) for b in boxes] if scores is None else [s.to(cls) for s in scores]
     weights = scores if quality else [torch.ones_like(s) for s in scores]
     if losses.normalise not in ("positives", "sum"): raise ValueError(f"losses.normalise must be 'positives' or 'sum', got {losses.normalise!r}")
-    found = [assign(anchors, head, b, l) for b, l in zip(boxes, labels, strict=True)]
+    upright = nearest_bev(flat_anchors).view(*anchors.shape[:-1], 4)
+    found = [assign(anchors, head, b, l, upright) for b, l in zip(boxes, labels, strict=True)]
     label = torch.stack([t.labels.flatten() for t in found])
     b, n = (label > 0).nonzero(as_tuple=True)                      # frame and anchor of each positive
     first = torch.tensor([0] + [len(x) for x in boxes[:-1]], device=cls.device).cumsum(0)

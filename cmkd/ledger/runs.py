@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'WORLDS', 'STREET', 'parents', 'run_name', 'config_of', 'command', 'sha256', 'Run', 'load', 'git_state',
-           'versions', 'hardware', 'cpu_seconds', 'peak_memory_mb', 'measured', 'add_sessions', 'locked', 'truth',
-           'height_scale', 'judge', 'manifests', 'same_data', 'described', 'utc', 'at_hand', 'begun_from',
-           'fit_or_load', 'world', 'judged_on']
+           'versions', 'hardware', 'cpu_seconds', 'measured', 'add_sessions', 'locked', 'truth', 'height_scale',
+           'judge', 'manifests', 'same_data', 'described', 'utc', 'at_hand', 'begun_from', 'fit_or_load', 'fit_all',
+           'world', 'judged_on']
 
-# %% ../../nbs/60_ledger.runs.ipynb #f6eccf8f
+# %% ../../nbs/60_ledger.runs.ipynb #165cff20
 import fcntl, hashlib, json, os, platform, resource, shlex, subprocess, sys, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ..config import Config, diff, flat, override, recipe
 from ..core import root, write_json
@@ -25,6 +28,7 @@ from ..data.kitti import Kitti, Objects, to_objects
 from ..data.world import WorldConfig, write
 from ..detect import detect_set, load_model
 from ..evaluate.kitti import evaluate
+from ..evaluate.speed import forget_peak, peak_memory_mb
 from ..train.loop import Progress
 from ..train.stages import Sets, fit, needs_teacher, open_sets
 
@@ -117,17 +121,10 @@ def cpu_seconds() -> float:
     "User and system time of this process and its finished children."
     return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 
-def peak_memory_mb() -> float:
-    "Peak resident memory since `measured` began, or of the whole process where the kernel does not say."
-    status = Path("/proc/self/status"); text = status.read_text() if status.exists() else ""
-    kb = next((int(l.split()[1]) for l in text.splitlines() if l.startswith("VmHWM")), None)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if kb is None else kb)/1024
-
 @contextmanager
 def measured(cost: dict, name: str):
     "Put `name`_cpu_seconds, wall_seconds and peak_memory_mb of the block into `cost`."
-    try: Path("/proc/self/clear_refs").write_text("5")
-    except OSError: pass
+    forget_peak()
     cpu, wall = cpu_seconds(), time.perf_counter()
     yield
     cost[f"{name}_cpu_seconds"] = round(cpu_seconds() - cpu, 1)
@@ -242,6 +239,30 @@ def fit_or_load(
         write_json(folder/"record.json", described(cfg, role, here, above, folder, ap, cost, started))
         for rest in ("checkpoint.pt", "begun_from.json"): (folder/rest).unlink(missing_ok=True)
     return load(folder)
+
+# %% ../../nbs/60_ledger.runs.ipynb #d0f2f80c
+def fit_all(
+    jobs: list[tuple[Config, str]],   # (config, role) of each run
+    data,
+    store=None,
+    workers: int=0,        # processes; 0 is one a core, or one alone where a GPU does the work
+    progress: bool=True,
+) -> list[Run]:
+    "`fit_or_load` of every job, what is missing side by side."
+    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count())
+    at = lambda cfg, role: Path(store or root()/"results"/"runs")/run_name(cfg, role)
+    children = [(c, r) for c, r in jobs if not (at(c, r)/"record.json").exists()]
+    above = [(c, r) for c, role in children for r in parents(c, role) if not (at(c, r)/"weights.safetensors").exists() or not (at(c, r)/"record.json").exists()]
+    for wave, weights in ((above, True), (children, False)):
+        wave = list({at(*job): job for job in wave}.values())
+        if min(workers, len(wave)) < 2: continue                         # below, with a bar of its own
+        with ProcessPoolExecutor(min(workers, len(wave)), get_context("spawn")) as pool:
+            running = [pool.submit(fit_or_load, *job, data, store, False, weights) for job in wave]
+            try:
+                for done in tqdm(as_completed(running), f"{len(wave)} runs, {min(workers, len(wave))} at a time", len(wave), disable=not progress, unit="run"): done.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True); raise
+    return [fit_or_load(cfg, role, data, store, progress) for cfg, role in jobs]
 
 # %% ../../nbs/60_ledger.runs.ipynb #7f0f68cc
 WORLDS = {"smoke": dict(train=24, val=12, unlabelled=40), "mini": dict(train=500, val=500, unlabelled=2000)}

@@ -1,0 +1,34 @@
+"The paper's own size on one real frame: slow, and the proof that a laptop can take a step."
+import json
+import subprocess
+import sys
+
+import pytest
+
+STEP = """
+import json, resource, sys, time
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from cmkd.config import recipe
+from cmkd.core import seed_everything
+from cmkd.models.teacher import Teacher
+from cmkd.train.stages import fit, open_sets
+
+cfg = recipe().override("data.train_frames=1", "data.val_frames=1", "pretrain=false", "feature_stage.epochs=0", "full_stage.epochs=0", "full_stage.steps=1", "full_stage.batch=1")
+out, data = Path(sys.argv[1]), Path(sys.argv[2])
+seed_everything("teacher"); save_file(Teacher(cfg).state_dict(), out/"teacher.safetensors")
+start = time.process_time()
+at = fit(cfg, "student", open_sets(cfg, data), out/"run", teacher=out/"teacher.safetensors", progress=False, device="cpu")
+print(json.dumps(dict(rows=at.rows, cpu=time.process_time() - start, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)))
+"""
+
+
+@pytest.mark.slow
+def test_one_step_of_the_paper_student(shared, tmp_path):
+    "R101 at 375 x 1242, 25 x 376 x 280 voxels, feature and response loss against a teacher at full size: one step within 12 GB."
+    done = subprocess.run([sys.executable, "-c", STEP, tmp_path, shared/"data"/"kitti"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1]); row, = found["rows"]
+    print(found)
+    assert found["peak"] < 12e9 and row["grad_norm"] > 0 and {"feature", "cls", "box", "direction"} <= set(row)
