@@ -233,18 +233,18 @@ def add_tables(sub) -> None:
         p.add_argument("--workers", type=int, default=0, metavar="N", help="runs side by side, a process each; the numbers are the same (default: one a core)")
         p.set_defaults(run=table)
 
-# %% ../nbs/65_cli.ipynb #12ba29a1
-BENCHES = ("evaluate", "lift", "student")
+# %% ../nbs/65_cli.ipynb #1cf8eee2
+BENCHES = ("evaluate", "lift", "student", "backbones")
 
 def bench(args: Namespace) -> None:
     "Measure a part, print it, and keep it in results/bench."
     import torch
-    from cmkd.evaluate.bench import lift_bench, student_bench
+    from cmkd.evaluate.bench import backbones_bench, lift_bench, student_bench
     from cmkd.evaluate.speed import bench_labels, evaluator
     from cmkd.ledger.runs import hardware, versions
     torch.set_num_threads(1)
     if args.name == "evaluate": found = evaluator(bench_labels(), args.repeats)
-    else: found = (lift_bench if args.name == "lift" else student_bench)(args.repeats)
+    else: found = dict(lift=lift_bench, student=student_bench, backbones=backbones_bench)[args.name](args.repeats)
     machine = hardware()
     found = found.assign(cpu=machine["cpu"], threads=1, torch=versions()["torch"])
     path = root()/"results"/"bench"/f"{args.name}.csv"

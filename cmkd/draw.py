@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'GREYS', 'HEIGHTS', 'NEAR', 'MOST', 'thin', 'box_lines', 'clip_near', 'project_lines', 'as_roles', 'gaps',
            'image_boxes', 'bev_boxes', 'png_uri', 'image_points', 'bev_points', 'bev_heat', 'image_axes', 'bev_axes',
-           'draw_image', 'draw_bev', 'draw_map', 'draw_3d', 'draw_frame', 'Saved', 'save']
+           'draw_image', 'draw_bev', 'draw_map', 'draw_3d', 'draw_frame', 'bars', 'Saved', 'save']
 
 # %% ../nbs/04_draw.ipynb #a0403beb
 import base64, io
@@ -242,6 +242,13 @@ def draw_frame(
         fig.add_trace(bev_boxes(role, b).update(showlegend=False), 2, 1)
     if not roles: fig.add_trace(go.Scatter(x=[], y=[], showlegend=False), 1, 1)
     return bev_axes(image_axes(fig, frame.image, scale, (1, 1)), grid, (2, 1))
+
+# %% ../nbs/04_draw.ipynb #68b537ec
+def bars(names, values, title: str) -> go.Figure:
+    "One horizontal bar for each name, the first on top."
+    names, values = list(map(str, names)), list(values)
+    fig = go.Figure(go.Bar(x=values, y=names, orientation="h", marker_color=COLOURS["student"], text=[f"{v:.3g}" for v in values], textposition="outside", cliponaxis=False))
+    return fig.update_layout(template="cmkd", width=760, height=110 + 34*len(names), xaxis_title=title, yaxis=dict(autorange="reversed", automargin=True), margin=dict(l=20, r=60, t=30, b=60))
 
 # %% ../nbs/04_draw.ipynb #664556b7
 @dataclass(frozen=True)

@@ -183,7 +183,7 @@ def test_shown_equals_the_teacher_and_remembers():
 
 
 def test_loaded_teacher_is_frozen(tmp_path):
-    save_file(taught().state_dict(), tmp_path/"t.safetensors"); t = load_teacher(CFG, tmp_path/"t.safetensors")
+    save_file({k: v.contiguous() for k, v in taught().state_dict().items()}, tmp_path/"t.safetensors"); t = load_teacher(CFG, tmp_path/"t.safetensors")
     assert not t.training and not any(p.requires_grad for p in t.parameters())
     for k, v in load_file(tmp_path/"t.safetensors").items(): assert torch.equal(t.state_dict()[k], v)
     with torch.no_grad(): a, b = t(batch()).bev, t(batch()).bev

@@ -17,7 +17,7 @@ from cmkd.train.stages import fit, open_sets
 
 cfg = recipe().override("data.train_frames=1", "data.val_frames=1", "pretrain=false", "feature_stage.epochs=0", "full_stage.epochs=0", "full_stage.steps=1", "full_stage.batch=1")
 out, data = Path(sys.argv[1]), Path(sys.argv[2])
-seed_everything("teacher"); save_file(Teacher(cfg).state_dict(), out/"teacher.safetensors")
+seed_everything("teacher"); save_file({k: v.contiguous() for k, v in Teacher(cfg).state_dict().items()}, out/"teacher.safetensors")
 start = time.process_time()
 at = fit(cfg, "student", open_sets(cfg, data), out/"run", teacher=out/"teacher.safetensors", progress=False, device="cpu")
 print(json.dumps(dict(rows=at.rows, cpu=time.process_time() - start, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)))

@@ -36,7 +36,7 @@ class ImageBackbone(nn.Module):
     "A timm backbone (CMKD section 3.2, F_I and F_I^out): the level for the lift and the level for the depth head."
     def __init__(self, cfg: Student):
         super().__init__()
-        args = dict(features_only=True, output_stride=cfg.output_stride, out_indices=(cfg.feature_level, 4), pretrained=False)
+        args = dict(features_only=True, output_stride=cfg.output_stride, out_indices=(cfg.feature_level - 5, -1), pretrained=False)   # from the end: ConvNeXt has no level at 1/2
         try: self.net = import_timm().create_model(cfg.backbone, **args, **json.loads(cfg.backbone_args))
         except RuntimeError as e: raise ValueError(f"student.backbone={cfg.backbone!r}: {e}") from e
         self.channels = self.net.feature_info.channels()

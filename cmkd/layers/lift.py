@@ -33,8 +33,7 @@ def voxel_texels(
     where = torch.stack([uvw[:, 0]/uvw[:, 2], uvw[:, 1]/uvw[:, 2], bins.index(depth)], 1)
     if align_corners: texel = where/torch.tensor([-(-image[1]//level[1]), -(-image[0]//level[0]), 1.]).to(xyz) - torch.tensor([0, 0, .5]).to(xyz)
     else: texel = where*torch.tensor([level[1]/(image[1] - 1), level[0]/(image[0] - 1), bins.count/(bins.count - 1)]).to(xyz) - .5
-    texel[~torch.isfinite(texel).all(1) | (depth <= 0)] = -2.
-    return texel
+    return torch.where((torch.isfinite(texel).all(1) & (depth > 0))[:, None], texel, -2.)
 
 # %% ../../nbs/25_layers.lift.ipynb #fef0977d
 def lift_plain(

@@ -48,12 +48,19 @@ class Teacher(nn.Module):
         self.head = AnchorHead(self.bev2d.out_channels, cfg.head).to(memory_format=torch.channels_last)
         self.register_buffer("anchors", head_anchors(cfg), persistent=False)
 
-    def forward(self, batch: Batch) -> Taps:
+    def to_bev(self, points: Tensor, frames: int) -> Tensor: # (N, 5) batch index x y z reflectance -> (B, C, Y, X)
+        "F_L^bev; a frame's bits do not depend on its neighbours."
+        features, coords = voxelize(points, self.grid, self.cfg.space.max_points, self.cfg.space.max_voxels)
+        return height_to_channels(self.backbone3d(features, coords, frames)).contiguous(memory_format=torch.channels_last)
+
+    def from_bev(self, bev: Tensor) -> Taps:
         "Taps `bev`, `bev2d` and `head`."
-        features, coords = voxelize(batch.points, self.grid, self.cfg.space.max_points, self.cfg.space.max_voxels)
-        bev = height_to_channels(self.backbone3d(features, coords, len(batch))).contiguous(memory_format=torch.channels_last)
         bev2d = self.bev2d(bev)
         return Taps(bev=bev, bev2d=bev2d, head=self.head(bev2d))
+
+    def forward(self, batch: Batch) -> Taps:
+        "From sweeps to maps."
+        return self.from_bev(self.to_bev(batch.points, len(batch)))
 
 def bev_channels(cfg: Config) -> int:
     "Channels of F_L^bev: the last convolution's, times the heights that are left."

@@ -7,7 +7,7 @@ __all__ = ['Sets', 'first', 'open_sets', 'open_unlabelled', 'feed', 'length', 'r
            'teacher_legs', 'boxes2d', 'depth_term', 'depth_legs', 'needs_teacher', 'load_teacher', 'TeacherTaps',
            'student_legs', 'fit']
 
-# %% ../../nbs/51_train.stages.ipynb #3816e177
+# %% ../../nbs/51_train.stages.ipynb #5e5cad9f
 import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -159,25 +160,24 @@ class TeacherTaps:
     def __init__(self, teacher: Teacher, names: tuple[str, ...], cfg: Config, limit: float=2e9): # limit in bytes
         self.teacher, self.names, self.cfg, self.room, self.known = teacher, names, cfg, limit, {}
 
-    @torch.no_grad()
-    def frame(self, points: Tensor) -> Taps: # (N, 5) of one frame, batch index 0
-        "The asked taps of one sweep, from memory when this very sweep was seen before."
-        key = hashlib.sha256(points.cpu().numpy().tobytes()).digest()
-        if key in self.known: return self.known[key]
-        full = self.teacher(Batch(["0"], points.new_zeros(1, 3, 1, 1), points.new_zeros(1, 2), points, *[points.new_zeros(1)]*3, None, None))
-        taps = Taps(bev=full.bev if "bev" in self.names else None, head=full.head if "head" in self.names else None,
+    def frame(self, bev: Tensor) -> Taps: # (1, C, Y, X)
+        "The asked taps of one sweep."
+        full = self.teacher.from_bev(bev)
+        return Taps(bev=full.bev if "bev" in self.names else None, head=full.head if "head" in self.names else None,
                     soft=soft_boxes(full.head, self.teacher.anchors, self.cfg) if "soft" in self.names else None)
-        parts = (taps.bev, *(vars(taps.head).values() if taps.head else ()), *(taps.soft[0] if taps.soft else ()))
-        size = sum(t.nbytes for t in parts if t is not None)
-        if self.room >= size: self.known[key], self.room = taps, self.room - size
-        return taps
 
+    @torch.no_grad()
     def __call__(self, batch: Batch) -> Taps:
-        "The asked taps of a batch, sweep by sweep: the same bits whoever is its neighbour."
-        taps = []
-        for b in range(len(batch)):
-            points = batch.points[batch.points[:, 0] == b].clone(); points[:, 0] = 0
-            taps.append(self.frame(points))
+        "The asked taps of a batch, the same bits whoever is its neighbour: new sweeps go through the sparse part together, then on one by one."
+        sweeps = [batch.points[batch.points[:, 0] == b, 1:] for b in range(len(batch))]
+        keys = [hashlib.sha256(s.cpu().numpy().tobytes()).digest() for s in sweeps]
+        new = {k: s for k, s in zip(keys, sweeps) if k not in self.known}
+        if new: bev = self.teacher.to_bev(torch.cat([F.pad(s, (1, 0), value=i) for i, s in enumerate(new.values())]), len(new))
+        made = {k: self.frame(bev[i:i + 1].clone()) for i, k in enumerate(new)}      # a clone keeps itself alive, not the batch
+        for key, taps in made.items():
+            size = sum(t.nbytes for t in (taps.bev, *(vars(taps.head).values() if taps.head else ()), *(taps.soft[0] if taps.soft else ())) if t is not None)
+            if self.room >= size: self.known[key], self.room = taps, self.room - size
+        taps = [made.get(k) or self.known[k] for k in keys]
         joined = lambda name: torch.cat([getattr(t, name) for t in taps]) if getattr(taps[0], name) is not None else None
         head = HeadMaps(*(torch.cat([getattr(t.head, k) for t in taps]) for k in ("cls", "box", "dir"))) if taps[0].head else None
         return Taps(bev=joined("bev"), head=head, soft=[t.soft[0] for t in taps] if taps[0].soft else None)
