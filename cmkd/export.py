@@ -62,7 +62,7 @@ def to_onnx(
     size: tuple[int, int],       # H, W of the pictures, px
 ) -> Path:
     "Write the student for pictures of one size; inputs `image`, `lidar_to_cam`, `P2`, outputs `cls`, `box`, `dir`."
-    try: import onnx, onnxscript  # noqa: F401
+    try: import onnx  # noqa: F401
     except ImportError as e: raise ImportError(f"{e.name} is missing: pip install 'cmkd[onnx]'") from None
     if min(size) < 32: raise ValueError(f"size {size}: a picture has at least 32 x 32 pixels")
     example = (torch.rand(1, 3, *size), torch.tensor([[0., -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]]), torch.tensor([[size[1], 0., size[1]/2, 0], [0, size[1], size[0]/2, 0], [0, 0, 1, 0]]))
