@@ -260,10 +260,16 @@ def bench(args: Namespace) -> None:
     "Measure a part, print it, and keep it in results/bench."
     import torch
     from cmkd.evaluate.bench import backbones_bench, lift_bench, student_bench
+    from cmkd.data.kitti import read_label
     from cmkd.evaluate.speed import bench_labels, evaluator
     from cmkd.ledger.runs import hardware, versions
     torch.set_num_threads(1)
-    if args.name == "evaluate": found = evaluator(bench_labels(), args.repeats)
+    if args.name == "evaluate":
+        ids = Path(args.ids).read_text().split() if args.ids else None
+        files = sorted(Path(args.labels).glob("*.txt")) if args.labels else []
+        if args.labels and not files: raise FileNotFoundError(f"--labels {args.labels}: no label files there")
+        labels = [read_label(p) for p in files if ids is None or p.stem in ids] if files else bench_labels()
+        found = evaluator(labels, args.repeats)
     else: found = dict(lift=lift_bench, student=student_bench, backbones=backbones_bench)[args.name](args.repeats)
     machine = hardware()
     found = found.assign(cpu=machine["cpu"], threads=1, torch=versions()["torch"])
@@ -276,6 +282,8 @@ def add_bench(sub) -> None:
     p = sub.add_parser("bench", help="measure CPU seconds and memory of a part", description="Measure a part against its plain twin, in one run on one thread, and write results/bench/NAME.csv.")
     p.add_argument("name", choices=BENCHES, metavar="NAME", help=", ".join(BENCHES))
     p.add_argument("--repeats", type=int, default=3, metavar="N", help="runs that count, after one that does not (default: 3)")
+    p.add_argument("--labels", metavar="DIR", help="for evaluate: label files to make detections from (default: made-up streets)")
+    p.add_argument("--ids", metavar="FILE", help="for evaluate: only these frames, one id a line (e.g. ImageSets/val.txt)")
     p.set_defaults(run=bench)
 
 # %% ../nbs/65_cli.ipynb #6c14e057

@@ -38,14 +38,14 @@ def as_boxes(found) -> Boxes: # (boxes (K, 7), scores (K,), labels (K,)) tensors
     return Boxes(boxes, np.array(CLASSES)[labels], scores)
 
 @torch.no_grad()
-def detect_set(model: nn.Module, cfg: Config, frames: FrameSet, batch: int=8, progress: bool=True, device: str="auto") -> dict[str, Boxes]:
-    "{frame id: detections} of every frame, after score threshold and NMS (`cfg.head`)."
+def detect_set(model: nn.Module, cfg: Config, frames: FrameSet, batch: int=8, progress: bool=True, device: str="auto", per_class: bool=False) -> dict[str, Boxes]:
+    "{frame id: detections} of every frame, after score threshold and NMS (`cfg.head`); `per_class` as in `layers.anchors.detections`."
     model = model.to(pick_device(device)).eval()
     samples = Samples(frames, image_size=cfg.data.image_size, grid=bev_grid(cfg.space))
     out = {}
     for b in tqdm(loader(samples, batch), desc="detect", unit="batch", disable=not progress, mininterval=1.):
         maps = model(b.to(pick_device(device))).head
-        out.update(zip(b.ids, map(as_boxes, detections(maps, model.anchors, cfg.head))))
+        out.update(zip(b.ids, map(as_boxes, detections(maps, model.anchors, cfg.head, per_class))))
     return out
 
 # %% ../nbs/52_detect.ipynb #ba60b792

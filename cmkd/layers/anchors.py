@@ -128,18 +128,24 @@ def detections(
     maps: HeadMaps,
     anchors: Tensor,  # (Y, X, A, 7) lidar
     head: Head,
+    per_class: bool=False,  # each class for itself; False: a box is its best class, and suppresses boxes of all
 ) -> list[tuple[Tensor, Tensor, Tensor]]:  # B x (boxes (K, 7) lidar, scores (K,), labels (K,) int64), best first
-    "What the head has found: sigmoid, best class, threshold, class-agnostic NMS."
+    "What the head has found: sigmoid, threshold, NMS (best class and class-agnostic, as released, unless told otherwise)."
     cls, codes, directions = maps.flat()
-    scores, labels = cls.sigmoid().max(-1)
-    out = []
+    score, flat_anchors, out = cls.sigmoid(), anchors.reshape(-1, 7), []
+    kinds = [(score[..., c], torch.full(score.shape[:2], c, device=score.device)) for c in range(score.shape[2])] if per_class else [score.max(-1)]
     for b in range(len(cls)):
-        rows = (scores[b] >= head.score).nonzero()[:, 0]
-        boxes = decode_with_direction(codes[b, rows], directions[b, rows], anchors.reshape(-1, 7)[rows], head)
-        sound = boxes.isfinite().all(1)
-        boxes, rows = boxes[sound], rows[sound]
-        keep = nms(boxes, scores[b, rows], head.nms, head.pre_nms, head.post_nms)
-        out.append((boxes[keep], scores[b, rows[keep]], labels[b, rows[keep]]))
+        found = []
+        for scores, labels in kinds:
+            rows = (scores[b] >= head.score).nonzero()[:, 0]
+            boxes = decode_with_direction(codes[b, rows], directions[b, rows], flat_anchors[rows], head)
+            sound = boxes.isfinite().all(1)
+            boxes, rows = boxes[sound], rows[sound]
+            keep = nms(boxes, scores[b, rows], head.nms, head.pre_nms, head.post_nms)
+            found.append((boxes[keep], scores[b, rows[keep]], labels[b, rows[keep]]))
+        boxes, scores, labels = map(torch.cat, zip(*found))
+        order = scores.argsort(descending=True, stable=True)
+        out.append((boxes[order], scores[order], labels[order]))
     return out
 
 # %% ../../nbs/23_layers.anchors.ipynb #6eb5df60

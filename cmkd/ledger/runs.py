@@ -162,9 +162,9 @@ def height_scale(cfg: Config, val: FrameSet) -> float:
     "KITTI's difficulties count pixels of pictures 1242 wide; the world's are smaller by this factor."
     return val.frame(0).image.shape[1]/1242 if cfg.data.kind == "world" else 1.
 
-def judge(cfg: Config, role: str, weights: Path, val: FrameSet, progress: bool=True) -> dict[str, float | None]:
+def judge(cfg: Config, role: str, weights: Path, val: FrameSet, progress: bool=True, per_class: bool=False) -> dict[str, float | None]:
     "{class/metric/recall/iou/difficulty: AP in percent} of a model on labelled frames; None where there is nothing to find."
-    found = detect_set(load_model(cfg, role, weights), cfg, val, progress=progress)
+    found = detect_set(load_model(cfg, role, weights), cfg, val, progress=progress, per_class=per_class)
     frames = [val.frame(i) for i in range(len(val))]
     seen = [to_objects(found[f.id], f.calib, f.image.shape[:2]) for f in frames]
     inside = lambda o: o[(o.boxes2d[:, 2] > o.boxes2d[:, 0]) & (o.boxes2d[:, 3] > o.boxes2d[:, 1])]
@@ -275,12 +275,13 @@ def world(scale: str, folder=None, progress: bool=True) -> Path: # a folder in K
     write(folder, STREET, WORLDS[scale], progress=progress, workers=2)
     return folder
 
-# %% ../../nbs/60_ledger.runs.ipynb #d8056446
-def judged_on(run: Run, frames: FrameSet, progress: bool=False) -> Run:
-    "The same run with its AP on `frames`, from `ap-SPLIT.json` in its folder or measured now; `data.val` of the copy names the split."
-    file, made = run.folder/f"ap-{frames.split}.json", dict(split=frames.split, data=frames.manifest(), weights_sha256=run.record["weights_sha256"])
+# %% ../../nbs/60_ledger.runs.ipynb #859453ea
+def judged_on(run: Run, frames: FrameSet, progress: bool=False, per_class: bool=False) -> Run:
+    "The same run with its AP on `frames`, or with each class detected for itself, from `ap-SPLIT.json` in its folder or measured now; `data.val` of the copy names the split."
+    rule = dict(per_class=True) if per_class else {}
+    file, made = run.folder/f"ap-{frames.split}{'-per-class' if per_class else ''}.json", dict(split=frames.split, data=frames.manifest(), weights_sha256=run.record["weights_sha256"]) | rule
     kept = json.loads(file.read_text()) if file.exists() else {}
     if {k: kept.get(k) for k in made} != made:
-        kept = made | dict(ap=judge(run.config, run.record["role"], run.weights, frames, progress))
+        kept = made | dict(ap=judge(run.config, run.record["role"], run.weights, frames, progress, per_class))
         write_json(file, kept)
     return replace(run, record=run.record | dict(ap=kept["ap"], config=run.record["config"] | {"data.val": frames.split}))
