@@ -221,9 +221,10 @@ def add_export(sub) -> None:
 FIRST = "cmkd_t04_both_distillations"   # the table that `cmkd run` makes
 
 def notebook_of(name: str) -> Path:
-    "The one table notebook whose name begins with `name`."
+    "The table notebook of this name, or the one whose name begins with it."
     folder = root()/"nbs"/"tables"
     there = sorted(p for p in folder.glob("*.ipynb") if p.stem.startswith(Path(name).stem))
+    there = [p for p in there if p.stem == Path(name).stem] or there
     if len(there) != 1: raise FileNotFoundError(f"{'no' if not there else len(there)} table notebooks begin with {name!r}; there are: {', '.join(sorted(p.stem for p in folder.glob('*.ipynb')))}")
     return there[0]
 
@@ -253,13 +254,13 @@ def add_tables(sub) -> None:
         p.add_argument("--workers", type=int, default=0, metavar="N", help="runs side by side, a process each; the numbers are the same (default: one a core)")
         p.set_defaults(run=table)
 
-# %% ../nbs/65_cli.ipynb #1cf8eee2
-BENCHES = ("evaluate", "lift", "student", "backbones")
+# %% ../nbs/65_cli.ipynb #4736961a
+BENCHES = ("evaluate", "lift", "student", "step", "backbones")
 
 def bench(args: Namespace) -> None:
     "Measure a part, print it, and keep it in results/bench."
     import torch
-    from cmkd.evaluate.bench import backbones_bench, lift_bench, student_bench
+    from cmkd.evaluate.bench import backbones_bench, lift_bench, step_bench, student_bench
     from cmkd.data.kitti import read_label
     from cmkd.evaluate.speed import bench_labels, evaluator
     from cmkd.ledger.runs import hardware, versions
@@ -270,7 +271,7 @@ def bench(args: Namespace) -> None:
         if args.labels and not files: raise FileNotFoundError(f"--labels {args.labels}: no label files there")
         labels = [read_label(p) for p in files if ids is None or p.stem in ids] if files else bench_labels()
         found = evaluator(labels, args.repeats)
-    else: found = dict(lift=lift_bench, student=student_bench, backbones=backbones_bench)[args.name](args.repeats)
+    else: found = dict(lift=lift_bench, student=student_bench, step=step_bench, backbones=backbones_bench)[args.name](args.repeats)
     machine = hardware()
     found = found.assign(cpu=machine["cpu"], threads=1, torch=versions()["torch"])
     path = root()/"results"/"bench"/f"{args.name}.csv"

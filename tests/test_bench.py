@@ -1,0 +1,41 @@
+"Benchmarks measure the same function twice: at a size that takes no time, the variants agree and every row is whole."
+import pytest
+import torch
+
+from cmkd.evaluate import bench
+from cmkd.evaluate.speed import measure
+
+SMALL = ("space.low=[2, -20.48, -3]", "space.high=[42.96, 20.48, 1]", "space.image_voxel=[0.64, 0.64, 1]", "space.bev_cell=1.28", "space.lidar_voxel=[0.16, 0.16, 0.1]",
+         "student.backbone=resnet18", "data.image_size=[96, 320]")
+
+
+def test_variants_of_the_student_agree():
+    plain, *others = (bench.student_case(v, *SMALL)() for v in ("plain", "fused", "folded", "folded, bf16"))
+    for maps, tolerance in zip(others, (1e-4, 1e-4, .1)):
+        for k in ("cls", "box", "dir"): torch.testing.assert_close(getattr(maps, k).float(), getattr(plain, k), rtol=tolerance, atol=tolerance)
+
+
+def test_rows_of_a_part():
+    costs = {"plain": measure(lambda: sum(range(200_000)), 2), "fast": measure(lambda: None, 2)}
+    first, second = bench.against("toy", costs)
+    assert list(first) == ["part", "variant", "n", "cpu_median", "cpu_least", "cpu_most", "peak_mb", "note"] and first["note"] == "" and "times fewer CPU seconds" in second["note"]
+
+
+def test_a_process_of_its_own():
+    "Memory is counted from before the first call, whatever this process holds."
+    keep = torch.ones(30_000_000)
+    cost = bench.apart(bench.student_case, "folded", *SMALL, repeats=1)
+    assert 0 < cost["peak_mb"] < 400 and cost["cpu_least"] > 0 and keep.sum() > 0
+
+
+@pytest.mark.parametrize("variant", ["plain", "fused"])
+def test_a_step_trains(variant): bench.step_case(variant, *SMALL)()
+
+
+@pytest.mark.parametrize("name", bench.BACKBONES.values())
+def test_every_backbone_of_table_8_fits(name):
+    "Levels at 1/4 and 1/8 of each, on the meta device."
+    from cmkd.config import recipe
+    from cmkd.layers.image import ImageBranch
+    with torch.device("meta"): maps = ImageBranch(recipe().override(f"student.backbone={name}").student, 80).eval()(torch.zeros(1, 3, 192, 320), torch.tensor([[192, 320]]))
+    assert maps.features.shape == (1, 64, 48, 80) and maps.logits.shape == (1, 81, 48, 80)
