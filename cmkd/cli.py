@@ -265,6 +265,7 @@ def bench(args: Namespace) -> None:
     from cmkd.evaluate.speed import bench_labels, evaluator
     from cmkd.ledger.runs import hardware, versions
     torch.set_num_threads(1)
+    if (args.labels or args.ids) and args.name != "evaluate" or args.ids and not args.labels: raise ValueError("--labels DIR goes with cmkd bench evaluate, and --ids FILE with --labels")
     if args.name == "evaluate":
         ids = Path(args.ids).read_text().split() if args.ids else None
         files = sorted(Path(args.labels).glob("*.txt")) if args.labels else []
@@ -303,7 +304,7 @@ def main(argv=None) -> int:
     try: return args.run(args) or 0
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr); return 130
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, ImportError) as e:
         if args.debug: raise
         text = e.args[0] if isinstance(e, KeyError) and e.args else e
         print(f"cmkd {args.command}: {text}", file=sys.stderr); return 2

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'SHARED', 'IMAGE', 'RELEASE', 'MINI', 'WORLD', 'KITTI', 'SMOKE', 'Data', 'Space', 'Head', 'Losses', 'Bev',
            'Teacher', 'Student', 'Distill', 'Depth', 'Stage', 'Config', 'parsed', 'checked', 'put', 'override', 'flat',
-           'diff', 'depends', 'digest', 'recipe']
+           'diff', 'unflat', 'depends', 'digest', 'recipe']
 
 # %% ../nbs/01_config.ipynb #6e58e3d9
 import hashlib, json
@@ -221,6 +221,10 @@ def diff(a: Config, b: Config) -> list[tuple[str, object, object]]:
     "(name, value in a, value in b) wherever they differ."
     fa, fb = flat(a), flat(b)
     return [(k, fa[k], fb[k]) for k in fa if fa[k] != fb[k]]
+
+def unflat(values: dict[str, object]) -> Config:
+    "The config whose `flat` form, perhaps read from JSON, is `values`; fields that are not there keep their defaults."
+    return override(Config(), *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()))
 
 ROLES = ("teacher", "depth", "student")
 SHARED = ("method", "recipe", "scale", "data.", "space.")

@@ -22,14 +22,17 @@ def test_rows_of_a_part():
 
 
 def test_a_process_of_its_own():
-    "Memory is counted from before the first call, whatever this process holds."
-    keep = torch.ones(30_000_000)
+    "Memory is counted from before the first call: the network itself and torch, some 400 MB, are not in it."
     cost = bench.apart(bench.student_case, "folded", *SMALL, repeats=1)
-    assert 0 < cost["peak_mb"] < 400 and cost["cpu_least"] > 0 and keep.sum() > 0
+    assert 0 < cost["peak_mb"] < 250 and cost["cpu_least"] > 0
 
 
 @pytest.mark.parametrize("variant", ["plain", "fused"])
-def test_a_step_trains(variant): bench.step_case(variant, *SMALL)()
+def test_a_step_trains(variant):
+    call = bench.step_case(variant, *SMALL)
+    model = next(c.cell_contents for c in call.__closure__ if isinstance(c.cell_contents, torch.nn.Module) and hasattr(c.cell_contents, "lifted"))
+    before = model.head.conv_cls.bias.clone(); call()
+    assert not torch.equal(before, model.head.conv_cls.bias)
 
 
 @pytest.mark.parametrize("name", bench.BACKBONES.values())

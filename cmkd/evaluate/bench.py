@@ -61,9 +61,9 @@ def lift_case(variant: str, train: bool): # 'plain' or 'fused' -> a call
     torch.manual_seed(0)
     features, depth, matrix = torch.randn(1, 64, *level), torch.randn(1, bins.count, *level).softmax(1), torch.randn(64, 64*grid.shape[0])
     for t in (features, depth, matrix): t.requires_grad_(train)
-    seen = [rays(texels, level, bins.count, grid.shape)] if variant == "fused" else None
+    kept = [rays(texels, level, bins.count, grid.shape)] if variant == "fused" else []
     def call():
-        if seen: bev = lift(features, depth, seen, matrix.view(64, 64, -1).permute(2, 1, 0), grid.shape[1:])
+        if kept: bev = lift(features, depth, kept, matrix.view(64, 64, -1).permute(2, 1, 0), grid.shape[1:])
         else: bev = F.conv2d(height_to_channels(lift_plain(features, depth, texels[None], grid.shape)), matrix[:, :, None, None])
         if train: torch.autograd.grad(bev.square().mean(), (features, depth, matrix))
         return bev
@@ -71,7 +71,7 @@ def lift_case(variant: str, train: bool): # 'plain' or 'fused' -> a call
 
 def lift_bench(repeats: int=3) -> DataFrame:
     "What the lift costs, forward and in training."
-    rows = [against(f"lift, {name}", {v: apart(lift_case, v, train, repeats=repeats) for v in ("plain", "fused")}) for name, train in (("forward", False), ("training", True))]
+    rows = [against(f"lift, {name}", {v: apart(lift_case, v, train, repeats=repeats) for v in ("plain", "fused")}, "beyond the rig's geometry, which is kept") for name, train in (("forward", False), ("training", True))]
     return DataFrame(sum(rows, []))
 
 # %% ../../nbs/57_evaluate.bench.ipynb #1b716bc2
@@ -128,4 +128,4 @@ def counted(name: str, *changes: str) -> dict: # timm's name -> parameters (mill
 
 def backbones_bench(repeats: int=3) -> DataFrame:
     "Table 8's models at full size, random weights."
-    return DataFrame([bench_row("student, 375 x 1242", row, apart(student_case, "folded", f"student.backbone={name}", repeats=repeats), name) | counted(name) for row, name in BACKBONES.items()])
+    return DataFrame([bench_row("backbone, 375 x 1242", row, apart(student_case, "folded", f"student.backbone={name}", repeats=repeats), name) | counted(name) for row, name in BACKBONES.items()])

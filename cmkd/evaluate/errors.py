@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BANDS', 'OUTCOMES', 'by_distance', 'distance_table', 'confusion', 'confusion_table']
 
-# %% ../../nbs/56_evaluate.errors.ipynb #c5db4a92
+# %% ../../nbs/56_evaluate.errors.ipynb #932d7856
 import numpy as np
 from pandas import DataFrame, concat
 
 from ..core import CLASSES
 from ..data.kitti import Objects
-from .kitti import COUNTS, STRICT, Contest, evaluate, gt_status, overlaps
+from .kitti import COUNTS, STRICT, Contest, check, evaluate, gt_status, overlaps
 
 # %% ../../nbs/56_evaluate.errors.ipynb #b1452d0f
 BANDS = ((0, 15), (15, 30), (30, 50))   # depth z of the camera, m
@@ -24,6 +24,7 @@ def by_distance(
     **options,                     # of `evaluate`
 ) -> DataFrame:                    # its columns, then near, far (m) and objects
     "`evaluate` in each band of depth."
+    check(labels, detections)
     gt, parts = overlaps(labels, detections).gt, []
     for near, far in bands:
         if not near < far: raise ValueError(f"band {near} to {far}: near must be less than far")
@@ -68,6 +69,7 @@ def confusion(
 ) -> DataFrame:                    # class, of ('object' or 'box'), outcome, n
     "Every object and every box by what became of it, at one score."
     if unknown := sorted(set(classes) - set(iou)): raise ValueError(f"no IoU threshold for {unknown}: add them to iou")
+    check(labels, detections)
     o = overlaps(labels, detections)
     contests = [Contest(o, cls, metric, iou[cls][metric], difficulty, height_scale, distance) for cls in classes]
     matched = [(g[d[:, 0] >= 0], d[d[:, 0] >= 0, 0]) for g, d in (c.matches(np.array([score])) for c in contests)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLES', 'DIFFICULTIES', 'METRICS', 'COUNTS', 'IGNORED', 'ABSENT', 'STRICT', 'LOOSE', 'THRESHOLDS', 'NAMES',
            'score_thresholds', 'average_precision', 'Overlaps', 'overlaps', 'gt_status', 'det_status', 'match', 'Curve',
-           'Contest', 'curve_of', 'precision_recall', 'evaluate', 'table', 'evaluate_folders', 'read_folders',
+           'Contest', 'curve_of', 'precision_recall', 'evaluate', 'check', 'table', 'evaluate_folders', 'read_folders',
            'interval']
 
 # %% ../../nbs/53_evaluate.kitti.ipynb #b7558cae
@@ -295,7 +295,7 @@ def evaluate(
     "KITTI AP of every class, metric, recall and difficulty (C++ devkit). AOS is None if a detection has no alpha (-10)."
     for strict, table in thresholds.items():
         if missing := sorted(set(classes) - set(table)): raise ValueError(f"no IoU thresholds for {missing}: add them to thresholds[{strict}]")
-    _check(labels, detections)
+    check(labels, detections)
     o, curves, rows = overlaps(labels, detections), {}, []
     turned = not (o.det.alpha[o.det.names != "dontcare"] == -10).any()
     sets = _resampled(o.frames, draws, seed)
@@ -329,7 +329,7 @@ def _bad_row(o: Objects) -> tuple[int, str] | None: # row, what is wrong
             need = "must be positive" if low == 0 else "must be finite"
             return row, f"{name} is {' '.join(f'{v:g}' for v in values[row])}, it {need}"
 
-def _check(labels: list[Objects], detections: list[Objects], files=None) -> None:
+def check(labels: list[Objects], detections: list[Objects], files=None) -> None:
     "Name the first damaged row; `files` holds the label files and the detection files, if there are any."
     for kind, tables in enumerate((labels, detections)):
         for i, o in enumerate(tables):
@@ -395,7 +395,7 @@ def read_folders(
     labels = [read_label(p) for p in files[0]]
     nothing = replace(labels[0][:0], scores=np.zeros(0))
     detections = [read_detections(detections_dir, i) if p.exists() else nothing for i, p in zip(ids, files[1])]
-    _check(labels, detections, files)
+    check(labels, detections, files)
     return labels, detections
 
 # %% ../../nbs/53_evaluate.kitti.ipynb #5ceca7bc

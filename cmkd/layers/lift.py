@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['voxel_texels', 'lift_plain', 'Slab', 'Rays', 'rays', 'lift']
 
-# %% ../../nbs/25_layers.lift.ipynb #bd84ef5b
+# %% ../../nbs/25_layers.lift.ipynb #82b7205a
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..geometry import DepthBins, Grid
 
@@ -111,6 +112,7 @@ class _Lift(torch.autograd.Function):
         return bev
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         features, chance, weight = ctx.saved_tensors
         grad = grad.contiguous()

@@ -8,7 +8,7 @@ __all__ = ['PACKAGES', 'WORLDS', 'STREET', 'parents', 'run_name', 'config_of', '
            'judge', 'manifests', 'same_data', 'described', 'utc', 'at_hand', 'begun_from', 'fit_or_load', 'fit_all',
            'world', 'judged_on']
 
-# %% ../../nbs/60_ledger.runs.ipynb #165cff20
+# %% ../../nbs/60_ledger.runs.ipynb #cd158f20
 import fcntl, hashlib, json, os, platform, resource, shlex, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..config import Config, diff, flat, override, recipe
+from ..config import Config, diff, flat, recipe, unflat
 from ..core import root, write_json
 from ..data.dataset import FrameSet, Subset
 from ..data.kitti import Kitti, Objects, to_objects
@@ -45,8 +45,7 @@ def run_name(cfg: Config, role: str) -> str:
 # %% ../../nbs/60_ledger.runs.ipynb #4aff5428
 def config_of(record: dict) -> Config:
     "The config that a record was made with."
-    write = lambda v: v if isinstance(v, str) else json.dumps(v)
-    return override(Config(), *(f"{k}={write(v)}" for k, v in record["config"].items()))
+    return unflat(record["config"])
 
 def command(cfg: Config, role: str) -> str:
     "The shell command that makes this run."
@@ -249,14 +248,16 @@ def fit_all(
     progress: bool=True,
 ) -> list[Run]:
     "`fit_or_load` of every job, what is missing side by side."
-    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count())
+    workers = workers or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     at = lambda cfg, role: Path(store or root()/"results"/"runs")/run_name(cfg, role)
     children = [(c, r) for c, r in jobs if not (at(c, r)/"record.json").exists()]
     above = [(c, r) for c, role in children for r in parents(c, role) if not (at(c, r)/"weights.safetensors").exists() or not (at(c, r)/"record.json").exists()]
     for wave, weights in ((above, True), (children, False)):
         wave = list({at(*job): job for job in wave}.values())
-        if min(workers, len(wave)) < 2: continue                         # below, with a bar of its own
-        with ProcessPoolExecutor(min(workers, len(wave)), get_context("spawn")) as pool:
+        if min(workers, len(wave)) < 2:                                  # here, one by one, each with a bar of its own
+            for job in wave: fit_or_load(*job, data, store, progress, weights)
+            continue
+        with ProcessPoolExecutor(min(workers, len(wave)), get_context("spawn"), max_tasks_per_child=1) as pool:
             running = [pool.submit(fit_or_load, *job, data, store, False, weights) for job in wave]
             try:
                 for done in tqdm(as_completed(running), f"{len(wave)} runs, {min(workers, len(wave))} at a time", len(wave), disable=not progress, unit="run"): done.result()

@@ -8,7 +8,7 @@ __all__ = ['NAMES', 'NO_WEIGHT', 'NUMPY', 'Shapes', 'SECOND', 'BACKBONES', 'LEVE
            'encoder_fields', 'image_fields', 'lift_fields', 'fitting', 'to_spconv2', 'Released', 'read_released',
            'save_released', 'load_released', 'assembled', 'convert', 'load_converted', 'summary']
 
-# %% ../../nbs/32_models.checkpoints.ipynb #cd00a930
+# %% ../../nbs/32_models.checkpoints.ipynb #1256c992
 import json, re, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..config import Config, diff, flat, override, recipe
+from ..config import Config, diff, flat, override, recipe, unflat
 from ..core import atomic, write_json
 from .student import Student
 from .teacher import Teacher
@@ -245,12 +245,12 @@ def convert(path, folder, *changes: str) -> Released:
 
 def load_converted(folder) -> nn.Module: # Teacher or Student, in eval mode
     "The model that `convert` wrote."
-    folder, write = Path(folder), lambda v: v if isinstance(v, str) else json.dumps(v)
+    folder = Path(folder)
     try:
         about = json.loads((folder/"config.json").read_text())
-        model = new_model(override(Config(), *(f"{k}={write(v)}" for k, v in about["config"].items())), about["role"])
+        model = new_model(unflat(about["config"]), about["role"])
         model.load_state_dict(load_file(folder/"weights.safetensors"))
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e: raise ValueError(f"{folder}: not a converted checkpoint, or not a whole one: {str(e)[:300]}") from e
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e: raise ValueError(f"{folder}: not a converted checkpoint, or not a whole one; make it again with cmkd convert: {str(e)[:300]}") from e
     return model.eval()
 
 def summary(found: Released) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ImageToBev', 'Student', 'folded']
 
-# %% ../../nbs/31_models.student.ipynb #6adb2f94
+# %% ../../nbs/31_models.student.ipynb #16458569
 import copy
 
 import torch
@@ -18,7 +18,7 @@ from ..geometry import DepthBins, Grid
 from ..layers.adapt import DomainAdaptation
 from ..layers.anchors import AnchorHead
 from ..layers.bev import BevBackbone, height_to_channels
-from ..layers.image import ImageBranch, ImageMaps, PooledNorm, conv
+from ..layers.image import ImageBranch, ImageMaps, conv
 from ..layers.lift import Rays, lift, lift_plain, rays, voxel_texels
 from .teacher import bev_channels, head_anchors
 from ..taps import Taps
@@ -87,17 +87,20 @@ class Student(nn.Module):
 @torch.no_grad()
 def folded(model: Student) -> Student:
     "A copy for inference: batch norms folded into convolutions, channels last in memory; the same maps to rounding."
-    model, made, pairs = copy.deepcopy(model).eval(), {}, []
+    where = next(model.parameters()).device
+    kept, model.lifted.known = model.lifted.known, {}                        # what was worked out for rigs is not copied
+    try: model, made, pairs = copy.deepcopy(model).eval(), {}, []
+    finally: model.lifted.known = kept
     def watch(m, inputs, output):
-        if isinstance(m, nn.Conv2d): made[id(output)] = m, output        # kept, so that no other tensor gets its id
+        if not isinstance(m, nn.BatchNorm2d): made[id(output)] = m, output    # kept, so that no other tensor gets its id
         elif id(inputs[0]) in made: pairs.append((made[id(inputs[0])][0], m))
-    hooks = [m.register_forward_hook(watch) for m in model.modules() if type(m) in (nn.Conv2d, nn.BatchNorm2d, PooledNorm)]
+    hooks = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d))]
     names, eye = {m: name for name, m in model.named_modules()}, torch.eye(4)[None]
-    model(Batch(["0"], torch.zeros(1, 3, 64, 64), torch.tensor([[64, 64]]), torch.zeros(0, 5), eye, eye[:, :3], torch.zeros(1, 64, 64), None, None))
+    model(Batch(["0"], torch.zeros(1, 3, 64, 64), torch.tensor([[64, 64]]), torch.zeros(0, 5), eye, eye[:, :3], torch.zeros(1, 64, 64), None, None).to(where))
     for hook in hooks: hook.remove()
-    for conv, norm in pairs:
-        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    for before, norm in pairs:
+        before.weight, before.bias = fuse_conv_bn_weights(before.weight, before.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias, isinstance(before, nn.ConvTranspose2d))
         parent, _, leaf = names[norm].rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Identity())
+        setattr(model.get_submodule(parent), leaf, getattr(norm, "act", nn.Identity()))   # timm's norms carry their activation
     model.lifted.known.clear()
     return model.to(memory_format=torch.channels_last)

@@ -162,6 +162,7 @@ class TeacherTaps:
 
     def frame(self, bev: Tensor) -> Taps: # (1, C, Y, X)
         "The asked taps of one sweep."
+        if self.names == ("bev",): return Taps(bev=bev)
         full = self.teacher.from_bev(bev)
         return Taps(bev=full.bev if "bev" in self.names else None, head=full.head if "head" in self.names else None,
                     soft=soft_boxes(full.head, self.teacher.anchors, self.cfg) if "soft" in self.names else None)
