@@ -1,5 +1,6 @@
 "Anchors, assignment, head losses and decoding against the numbers of the released code (goldens e, f)."
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -280,3 +281,11 @@ def test_head_keys_and_bf16():
     half = HeadMaps(maps.cls.bfloat16(), maps.box.bfloat16(), maps.dir.bfloat16())
     loss = detection_loss(half, anchors, head, Losses(), boxes, labels)
     assert loss.cls.dtype == loss.box.dtype == torch.float32
+
+
+def test_an_overlap_at_the_threshold():
+    "An anchor whose IoU is exactly the threshold is positive; at the lower one it is ignored, no background."
+    anchors = torch.tensor([[0., 0, 0, 3, 1, 1, 0], [1, 0, 0, 3, 1, 1, 0]]).view(1, 2, 1, 7)        # IoU 1 and 2/4 with the first
+    head = Head(sizes=((3., 1., 1.),), bottoms=(0.,), positive=(.5,), negative=(.25,), rotations=(0.,))
+    at = lambda head: assign(anchors, head, anchors[0, 0], torch.tensor([0])).labels.flatten().tolist()
+    assert at(head) == [1, 1] and at(replace(head, positive=(.6,), negative=(.5,))) == [1, -1]
