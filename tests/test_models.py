@@ -76,11 +76,11 @@ def test_released_training_step(golden):
         close(getattr(terms, ours), want[theirs], 1e-5)
     close(terms.total(), z["loss"], 1e-5)
     terms.total().backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 10.); close(norm, z["grad_norm_before_clip"], 3e-3)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 10.); close(norm, z["grad_norm_before_clip"], 1e-3)
     grads = {released_name(k): p.grad.double() for k, p in model.named_parameters()}
     assert set(grads) == set(z["grad_names"])
     for name, (_, std, size, *_) in zip(z["grad_names"], z["grad_stats"]):
-        if size > 1e-5: close(grads[name].abs().sum()/size, 1., 2e-2)            # smaller ones are rounding: biases before a batch norm
+        if size > 1e-5: close(grads[name].abs().sum()/size, 1., 5e-3)            # smaller ones are rounding: biases before a batch norm
     head = grads["dense_head.conv_box.bias"][:2000]; close(head, z["grad__dense_head__conv_box__bias"], 2e-5)
 
 
