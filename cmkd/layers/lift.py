@@ -75,7 +75,7 @@ def rays(
     level: tuple[int, int],      # h, w of the maps
     bins: int,
     shape: tuple[int, int, int], # Z, Y, X of the volume
-    limit: int=2**16,            # rows of a slab: few are slow, many take memory
+    limit: int=2**15,            # rows of a slab: few are slow, many take memory
 ) -> Rays:
     "The corners and weights of every voxel that the frustum reaches."
     (h, w), (Z, Y, X), at = level, shape, dict(device=texels.device, dtype=torch.int32)
