@@ -270,7 +270,9 @@ def bench(args: Namespace) -> None:
         ids = Path(args.ids).read_text().split() if args.ids else None
         files = sorted(Path(args.labels).glob("*.txt")) if args.labels else []
         if args.labels and not files: raise FileNotFoundError(f"--labels {args.labels}: no label files there")
-        labels = [read_label(p) for p in files if ids is None or p.stem in ids] if files else bench_labels()
+        named = [p for p in files if ids is None or p.stem in ids]
+        if files and not named: raise ValueError(f"--ids {args.ids}: none of these frames has a label file in {args.labels}")
+        labels = [read_label(p) for p in named] if named else bench_labels()
         found = evaluator(labels, args.repeats)
     else: found = dict(lift=lift_bench, student=student_bench, step=step_bench, backbones=backbones_bench)[args.name](args.repeats)
     machine = hardware()

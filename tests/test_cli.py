@@ -71,6 +71,12 @@ def test_a_bug_is_not_dressed_as_bad_input(monkeypatch):
     with pytest.raises(AttributeError): cli.main(["train"])
 
 
+def test_bench_names_ids_without_labels(tmp_path, capsys):
+    (tmp_path/"000000.txt").write_text(CAR + "\n"); (tmp_path/"ids").write_text("000007\n")
+    code, _, err = run(capsys, "bench", "evaluate", "--labels", tmp_path, "--ids", tmp_path/"ids")
+    assert code == 2 and "none of these frames has a label file" in err
+
+
 def test_evaluate_tells_what_is_lost(golden, tmp_path, capsys):
     "By distance, by kind of error, and with intervals; without --bootstrap a row has its seven keys."
     with tarfile.open(golden/"m_eval_A.tar.gz") as tar: tar.extractall(tmp_path, filter="data")

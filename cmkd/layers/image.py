@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'import_timm', 'ImageBackbone', 'inside', 'conv', 'PooledNorm', 'ASPP', 'ImageMaps', 'ImageBranch']
 
-# %% ../../nbs/24_layers.image.ipynb #a02f9cf0
+# %% ../../nbs/24_layers.image.ipynb #6e0c5929
 import json, sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from ..config import Student
 
@@ -22,10 +22,10 @@ def import_timm():
     except RuntimeError as e:
         if "operator torchvision::" not in str(e): raise
         for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]: del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for op in ("nms", "qnms"): library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        schemas = library.Library("torchvision", "DEF")
+        for op in ("nms", "qnms"): schemas.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
-        torchvision.declared = library  # the schemas live as long as this object
+        torchvision.declared = schemas  # the schemas live as long as this object
     import timm
     return timm
 
