@@ -43,8 +43,8 @@ def folder_of(args: Namespace) -> Path:
 def config_of(args: Namespace) -> Config:
     "The config of a command."
     kind = "world" if (is_world(Path(args.data)) if args.data else args.scale != "full") else "kitti"
-    named = [f"data.unlabelled={args.unlabelled}"] if args.unlabelled is not None else []
-    return recipe("cmkd", args.recipe, args.scale, kind).override(*named, *args.sets)
+    named = [f"data.unlabelled={args.unlabelled}"] if args.unlabelled == "" else []           # '' takes the recipe's own away
+    return recipe("cmkd", args.recipe, args.scale, kind, args.unlabelled or "").override(*named, *args.sets)
 
 # %% ../nbs/65_cli.ipynb #46b2124e
 def doctor(args: Namespace) -> int:

@@ -14,8 +14,8 @@ from cmkd.config import recipe
 from cmkd.core import Batch
 from cmkd.distill.cmkd import CMKD
 from cmkd.layers.adapt import DomainAdaptation
-from cmkd.layers.image import ImageMaps
-from cmkd.models.checkpoints import FIRST, load_converted, load_released, model_state, read_released, released_name, save_released
+from cmkd.layers.image import ImageBranch, ImageMaps, import_timm
+from cmkd.models.checkpoints import FIRST, load_converted, load_released, model_state, read_released, released_name, save_released, start_from
 from cmkd.models.student import Student
 from cmkd.models.teacher import Teacher
 from cmkd.train.stages import TeacherTaps, depth_term
@@ -159,6 +159,28 @@ def test_first_stage_checkpoint_trains_as_released(golden, states, tmp_path):
     close(model.adapt.layers[0].bn1_a.running_mean, z["bn_rm"], 1e-6)
 
 
+@pytest.mark.parametrize("name", ["resnet50", "resnet101"])
+def test_begins_with_torchvisions_deeplab(name, tmp_path):
+    "COCO weights, as torchvision saves them, go into the image branch: the same maps."
+    import_timm()
+    from torchvision.models import segmentation
+    torch.manual_seed(0); theirs = getattr(segmentation, f"deeplabv3_{name}")(weights=None, weights_backbone=None, aux_loss=True).eval()
+    for m in theirs.modules():
+        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 1.5)
+    torch.save(theirs.state_dict(), tmp_path/"deeplabv3.pth")
+    ours = ImageBranch(recipe().override(f"student.backbone={name}").student, 80).eval()
+    left = start_from(ours, tmp_path/"deeplabv3.pth")
+    assert {k.rsplit(".", 1)[0] for k in left} == {"reduce.0", "reduce.1", "classify.3"}
+    x = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        level, last = ours.backbone.net(x)
+        seen = theirs.backbone(x)["out"]; want = nn.Sequential(*list(theirs.classifier)[:4])(seen)
+        got = ours.classify[:3](ours.aspp(last))
+    close(last/seen.abs().max(), seen/seen.abs().max(), 1e-5); close(got/want.abs().max(), want/want.abs().max(), 1e-5)
+    with pytest.raises(ValueError, match="deeplabv3.pth: not the DeepLabV3 of this student.backbone: .*student.initial"):
+        start_from(ImageBranch(recipe().override("student.backbone=resnet18").student, 80), tmp_path/"deeplabv3.pth")
+
+
 def test_stride_two_adaptation(golden):
     "The released form that halves the map; its names are the released ones."
     net = det_fill(DomainAdaptation(128, 4, "released", cin=64), "h.down.").eval()
@@ -230,12 +252,12 @@ def test_nothing_is_executed(tmp_path, call, where, zipped):
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_numbers_of_an_optimiser_are_no_obstacle(tmp_path, zipped):
-    before = list(torch.serialization.get_safe_globals())
+    before = set(torch.serialization.get_safe_globals())
     state = {"param_groups": [{"lr": np.float64(.003), "betas": (.9, .99), "n": np.int64(3)}], "state": {0: {"step": 5, "exp_avg": torch.zeros(2)}}}
     torch.save(dict(model_state={"a": torch.arange(3.)}, epoch=80, it=37120, accumulated_iter=5, optimizer_state=state, version="pcdet"), tmp_path/"c.pth", _use_new_zipfile_serialization=zipped)
-    assert torch.equal(model_state(tmp_path/"c.pth")["a"], torch.arange(3.)) and torch.serialization.get_safe_globals() == before
+    assert torch.equal(model_state(tmp_path/"c.pth")["a"], torch.arange(3.)) and set(torch.serialization.get_safe_globals()) == before
     torch.save(dict(model_state={"a": np.float64(3)}), tmp_path/"c.pth")
-    with pytest.raises(ValueError, match="c.pth: model_state holds what is no named tensor: a"): model_state(tmp_path/"c.pth")
+    with pytest.raises(ValueError, match="c.pth: its weights hold what is no named tensor: a"): model_state(tmp_path/"c.pth")
 
 
 def test_damaged_files_are_named(tmp_path):

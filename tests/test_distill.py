@@ -216,3 +216,19 @@ def test_depth_term_by_hand():
     torch.testing.assert_close(depth_term(logits, b, cfg), depth_loss(logits, target, bins, cfg.depth, front))
     torch.testing.assert_close(depth_term(logits, replace(b, boxes=None, labels=None), cfg), depth_loss(logits, target, bins, cfg.depth))
     assert cfg.depth.foreground > cfg.depth.background
+
+
+def test_labels_for_one_class_soft_boxes_for_the_rest():
+    "distill.hard (section 4.8): pedestrians from labels, at score 1; cars from the teacher; what the teacher thinks of pedestrians is not read."
+    car, walker, real = torch.tensor([10., 0, -.9, 3.9, 1.6, 1.5, 0]), torch.tensor([15., 4, -.8, .8, .6, 1.7, 0]), torch.tensor([15., -4, -.8, .8, .6, 1.7, 0])
+    cfg = CFG.override('distill.hard=["Pedestrian"]', "distill.feature=false")
+    net, soft = CMKD(cfg, ANCHORS), CMKD(CFG.override("distill.feature=false"), ANCHORS)
+    student = Taps(head=maps([], [], []))
+    frame = batch(1); frame.boxes, frame.labels = [torch.stack([car + 3, real])], [torch.tensor([0, 1])]
+    tell = lambda boxes, scores, labels: Taps(soft=[(torch.stack(boxes), torch.tensor(scores), torch.tensor(labels))])
+    mixed = net(student, tell([car, walker], [.7, .4], [0, 1]), frame)
+    meant = soft(student, tell([car, real], [.7, 1.], [0, 1]), frame)
+    for name, value in mixed.named().items(): assert value == getattr(meant, name) > 0, name
+    assert net(student, tell([car, walker], [.7, .9], [0, 1]), frame).total() == mixed.total()
+    assert net(student, tell([car], [.6], [0]), frame).total() != mixed.total() != soft(student, tell([car, walker], [.7, .4], [0, 1]), frame).total()
+    assert net.needs_labels and not soft.needs_labels

@@ -1,4 +1,5 @@
 "The ledger: records are whole, honest and found again; tables and their notebooks are strict."
+import hashlib
 import json
 import multiprocessing
 import os
@@ -36,7 +37,7 @@ class Street(FrameSet):
 def toy(monkeypatch, tmp_path):
     "The ledger with stand-ins for training and detection; says what was trained."
     made = []
-    def fit(cfg, role, sets, folder, teacher=None, depth=None, progress=True):
+    def fit(cfg, role, sets, folder, teacher=None, depth=None, progress=True, initial=None):
         made.append((role, teacher and teacher.read_text(), depth and depth.read_text()))
         (folder/"weights.safetensors").write_text(f"{role} {cfg.seed}"); (folder/"checkpoint.pt").write_text("")
         return Progress(cpu_seconds=100., wall_seconds=50.)
@@ -102,6 +103,25 @@ def test_a_run_goes_on_only_with_what_it_began_with(tmp_path):
     (tmp_path/"checkpoint.pt").write_bytes(b"")
     runs.begun_from(tmp_path, dict(data="b", parents={}))
     with pytest.raises(ValueError, match="begun from other data"): runs.begun_from(tmp_path, dict(data="b", parents={"teacher": "x"}))
+
+
+def test_initial_weights_are_recorded(toy, monkeypatch, tmp_path):
+    "A run that begins with COCO weights says with which; without the file it does not begin at all."
+    monkeypatch.setattr(runs, "root", lambda: tmp_path)
+    cfg = CFG.override("student.initial=coco.pth")
+    assert run_name(cfg, "depth") != run_name(CFG, "depth") and run_name(cfg, "teacher") == run_name(CFG, "teacher")
+    with pytest.raises(FileNotFoundError, match=r"data.weights.coco.pth: not here.*--set student.initial="): toy[0](cfg=cfg, role="depth")
+    (tmp_path/"data"/"weights").mkdir(parents=True); (tmp_path/"data"/"weights"/"coco.pth").write_bytes(b"weights")
+    assert toy[0](cfg=cfg, role="depth").record["initial"] == dict(name="coco.pth", sha256=hashlib.sha256(b"weights").hexdigest())
+    assert toy[0](cfg=cfg).record["initial"] is None and toy[0](role="depth").record["initial"] is None
+
+
+def test_published_runs_keep_their_names():
+    "A field that joins the config later leaves the names of the records in git alone."
+    here = Path(runs.__file__).parents[2]/"results"/"runs"
+    records = [json.loads(p.read_text()) for p in sorted(here.glob("mini-*/record.json"))]
+    assert records
+    for r in records: assert run_name(runs.config_of(r), r["role"]) == r["name"]
 
 
 def test_other_data_is_an_error(toy, monkeypatch):

@@ -46,7 +46,7 @@ class Distiller(nn.Module):
         if self.teacher_taps and teacher is None: raise ValueError(f"{type(self).__name__} needs a teacher that shows {', '.join(self.teacher_taps)}")
         for name in self.teacher_taps: teacher.need(name)
         if self.needs_labels and not labelled: raise ValueError(f"{type(self).__name__} learns from labels, but some training frames have none: "
-                                                                "set distill.response=soft, or data.unlabelled= to nothing")
+                                                                "set distill.response=soft and distill.hard=[], or data.unlabelled= to nothing")
 
     def forward(self, student: Taps, teacher: Taps | None, batch: Batch) -> Terms:
         "The loss terms of one batch; the teacher's taps carry no gradient."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Sets', 'first', 'open_sets', 'open_unlabelled', 'feed', 'length', 'refuse_broken_convolutions', 'cast',
-           'teacher_legs', 'boxes2d', 'depth_term', 'depth_legs', 'needs_teacher', 'load_teacher', 'TeacherTaps',
-           'student_legs', 'fit']
+           'teacher_legs', 'boxes2d', 'depth_term', 'depth_legs', 'needs_teacher', 'needs_initial', 'load_teacher',
+           'TeacherTaps', 'student_legs', 'fit']
 
-# %% ../../nbs/51_train.stages.ipynb #5e5cad9f
+# %% ../../nbs/51_train.stages.ipynb #efdaff27
 import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -33,6 +33,7 @@ from ..geometry import DepthBins
 from ..layers.anchors import HeadMaps, detection_loss
 from ..layers.image import ImageBranch
 from ..layers.losses import depth_loss, foreground_mask, pool_depth
+from ..models.checkpoints import start_from
 from ..models.student import Student
 from ..models.teacher import Teacher, bev_grid
 from ..taps import Taps
@@ -134,10 +135,11 @@ def depth_term(logits: Tensor, batch: Batch, cfg: Config) -> Tensor:
     front = None if batch.boxes is None else foreground_mask(boxes2d(batch), size, stride)
     return depth_loss(logits.float(), target, DepthBins(*cfg.space.depth, cfg.space.depth_bins), cfg.depth, front)
 
-def depth_legs(cfg: Config, sets: Sets, run: str) -> tuple[nn.Module, list[Leg]]:
+def depth_legs(cfg: Config, sets: Sets, run: str, initial: Path | None=None) -> tuple[nn.Module, list[Leg]]:
     "The image branch and its depth pre-training (section 3.6, Backbone Pre-training)."
     seed_everything(run, "init")
     model, stage = ImageBranch(cfg.student, cfg.space.depth_bins).to(memory_format=torch.channels_last), cfg.depth_stage
+    if initial: start_from(model, initial)
     def step(net, batch):
         with cast(stage, batch.images.device): logits = net(batch.images, batch.sizes).logits
         return Terms(depth=depth_term(logits, batch, cfg))
@@ -148,6 +150,10 @@ def depth_legs(cfg: Config, sets: Sets, run: str) -> tuple[nn.Module, list[Leg]]
 def needs_teacher(cfg: Config) -> bool:
     "True when a student of this config learns or loads anything from a teacher."
     return cfg.load_head or cfg.distill.feature or cfg.distill.response in ("soft", "dense")
+
+def needs_initial(cfg: Config, role: str) -> bool:
+    "True when a run of `role` begins with the weights that `student.initial` names."
+    return bool(cfg.student.initial) and (role == "depth" or role == "student" and not cfg.pretrain)
 
 def load_teacher(cfg: Config, weights: Path) -> Teacher:
     "The frozen teacher: eval mode, no gradient, for as long as a student trains."
@@ -183,12 +189,13 @@ class TeacherTaps:
         head = HeadMaps(*(torch.cat([getattr(t.head, k) for t in taps]) for k in ("cls", "box", "dir"))) if taps[0].head else None
         return Taps(bev=joined("bev"), head=head, soft=[t.soft[0] for t in taps] if taps[0].soft else None)
 
-# %% ../../nbs/51_train.stages.ipynb #2194d34c
-def student_legs(cfg: Config, sets: Sets, run: str, teacher: Teacher | None, depth: Path | None, device: str="auto") -> tuple[nn.Module, list[Leg]]:
+# %% ../../nbs/51_train.stages.ipynb #f9fb320d
+def student_legs(cfg: Config, sets: Sets, run: str, teacher: Teacher | None, depth: Path | None, device: str="auto", initial: Path | None=None) -> tuple[nn.Module, list[Leg]]:
     "The student and its legs."
     seed_everything(run, "init")
     model = Student(cfg).to(memory_format=torch.channels_last)
     if cfg.pretrain: model.lifted.image.load_state_dict(load_file(depth))
+    elif initial: start_from(model.lifted.image, initial)
     if teacher is not None: teacher.to(pick_device(device))
     distiller = CMKD(cfg, model.anchors)
     show = TeacherTaps(teacher, distiller.teacher_taps, cfg) if distiller.teacher_taps else lambda batch: None
@@ -225,17 +232,19 @@ def fit(
     depth: Path | None=None,      # weights of the depth pre-training, likewise
     progress: bool=True,
     device: str="auto",
+    initial: Path | None=None,    # weights that the image branch starts from, where `student.initial` names some
 ) -> Progress:
     "Train the network of `role`, resuming what is in `folder`; returns what it cost."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     if pick_device(device).type == "cpu": torch.set_num_threads(1)      # sparse convolution is slower on two, and the bits depend on it
     run = f"{role}/{cfg.teacher.seed if role == 'teacher' else cfg.seed}"
+    if needs_initial(cfg, role) and initial is None: raise ValueError(f"student.initial={cfg.student.initial}: pass that file, or set student.initial= to start from random weights")
     if role == "teacher": model, legs = teacher_legs(cfg, sets, run)
-    elif role == "depth": model, legs = depth_legs(cfg, sets, run)
+    elif role == "depth": model, legs = depth_legs(cfg, sets, run, initial)
     elif role == "student":
         if needs_teacher(cfg) and teacher is None: raise ValueError("this student needs a teacher: pass the weights of a teacher's run")
         if cfg.pretrain and depth is None: raise ValueError("pretrain=true needs the weights of a depth run")
-        model, legs = student_legs(cfg, sets, run, load_teacher(cfg, teacher) if needs_teacher(cfg) else None, depth, device)
+        model, legs = student_legs(cfg, sets, run, load_teacher(cfg, teacher) if needs_teacher(cfg) else None, depth, device, initial)
     else: raise ValueError(f"role must be 'teacher', 'depth' or 'student', got {role!r}")
     for leg in legs: refuse_broken_convolutions(model, leg.stage, pick_device(device))
     at = train(model, legs, folder, run, cfg.checkpoint_seconds, progress, device)
