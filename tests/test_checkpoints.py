@@ -18,7 +18,8 @@ from cmkd.layers.image import ImageBranch, ImageMaps, import_timm
 from cmkd.models.checkpoints import FIRST, load_converted, load_released, model_state, read_released, released_name, save_released, start_from
 from cmkd.models.student import Student
 from cmkd.models.teacher import Teacher
-from cmkd.train.stages import TeacherTaps, depth_term
+from cmkd.distill.shown import TeacherTaps
+from cmkd.train.stages import depth_term
 from golden.det import det, det_fill, det_state, detu
 
 RELEASE = recipe(name="release")

@@ -18,7 +18,8 @@ from cmkd.geometry import DepthBins
 from cmkd.models.student import Student
 from cmkd.models.teacher import Teacher
 from cmkd.taps import Taps
-from cmkd.train.stages import TeacherTaps, boxes2d, depth_term, load_teacher, needs_teacher
+from cmkd.distill.shown import TeacherTaps
+from cmkd.train.stages import boxes2d, depth_term, load_teacher, needs_teacher
 from golden.det import det
 
 CFG = recipe(scale="smoke")

@@ -37,7 +37,7 @@ class Street(FrameSet):
 def toy(monkeypatch, tmp_path):
     "The ledger with stand-ins for training and detection; says what was trained."
     made = []
-    def fit(cfg, role, sets, folder, teacher=None, depth=None, progress=True, initial=None):
+    def fit(cfg, role, sets, folder, teacher=None, depth=None, progress=True, **_):
         made.append((role, teacher and teacher.read_text(), depth and depth.read_text()))
         (folder/"weights.safetensors").write_text(f"{role} {cfg.seed}"); (folder/"checkpoint.pt").write_text("")
         return Progress(cpu_seconds=100., wall_seconds=50.)

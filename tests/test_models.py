@@ -17,7 +17,8 @@ from cmkd.layers.sparse import voxelize
 from cmkd.models.checkpoints import released_name
 from cmkd.models.student import ImageToBev, Student
 from cmkd.models.teacher import Teacher, bev_channels, bev_grid, lidar_grid
-from cmkd.train.stages import TeacherTaps, depth_term
+from cmkd.distill.shown import TeacherTaps
+from cmkd.train.stages import depth_term
 from golden.det import det_state, detu
 
 # --- the released networks, name by name ---

@@ -6,7 +6,7 @@
 __all__ = ['RIG', 'BACKBONES', 'apart', 'against', 'lift_case', 'lift_bench', 'picture', 'student_case', 'student_bench',
            'step_case', 'step_bench', 'counted', 'backbones_bench']
 
-# %% ../../nbs/57_evaluate.bench.ipynb #acb12759
+# %% ../../nbs/57_evaluate.bench.ipynb #971b439c
 import gc
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -27,7 +27,7 @@ from ..layers.lift import lift, lift_plain, rays, voxel_texels
 from ..models.student import Student, folded
 from ..models.teacher import Teacher
 from ..train.loop import optimiser
-from ..train.stages import TeacherTaps
+from ..distill.shown import TeacherTaps
 
 # %% ../../nbs/57_evaluate.bench.ipynb #9c53fefa
 def apart(

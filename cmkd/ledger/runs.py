@@ -8,7 +8,7 @@ __all__ = ['PACKAGES', 'WORLDS', 'STREET', 'parents', 'initial_of', 'run_name', 
            'height_scale', 'judge', 'manifests', 'same_data', 'described', 'utc', 'at_hand', 'begun_from',
            'fit_or_load', 'fit_all', 'world', 'judged_on']
 
-# %% ../../nbs/60_ledger.runs.ipynb #790d88e4
+# %% ../../nbs/60_ledger.runs.ipynb #cf4ab942
 import fcntl, hashlib, json, os, platform, resource, shlex, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -27,6 +27,7 @@ from ..data.dataset import FrameSet, Subset
 from ..data.kitti import Kitti, Objects, to_objects
 from ..data.world import WorldConfig, write
 from ..detect import detect_set, load_model
+from ..distill.shown import TapStore
 from ..evaluate.kitti import evaluate
 from ..evaluate.speed import forget_peak, peak_memory_mb
 from ..train.loop import Progress
@@ -240,8 +241,10 @@ def fit_or_load(
         if progress: print(f"{folder.name}: training", file=sys.stderr, flush=True)
         begun_from(folder, dict(data=here, parents={r: p.record["weights_sha256"] for r, p in above.items()}) | (dict(initial=initial) if initial else {}))
         started, cost = utc(), {}
-        with measured(cost, "train"): spent = fit(cfg, role, sets, folder, progress=progress, initial=start, **{r: p.weights for r, p in above.items()})
+        taps = TapStore(root()/"data"/"teacher_taps.sqlite") if "teacher" in above else None
+        with measured(cost, "train"): spent = fit(cfg, role, sets, folder, progress=progress, initial=start, store=taps, **{r: p.weights for r, p in above.items()})
         add_sessions(cost, spent)
+        if taps: cost |= dict(sweeps=taps.asked, sweeps_from_disk=taps.found)     # what an earlier student has paid for
         with measured(cost, "evaluate"):
             ap = {} if role == "depth" else judge(cfg, role, folder/"weights.safetensors", sets.val, progress)
         write_json(folder/"record.json", described(cfg, role, here, above, initial, folder, ap, cost, started))

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['Sets', 'first', 'open_sets', 'open_unlabelled', 'feed', 'length', 'refuse_broken_convolutions', 'cast',
            'teacher_legs', 'boxes2d', 'depth_term', 'depth_legs', 'needs_teacher', 'needs_initial', 'load_teacher',
-           'TeacherTaps', 'student_legs', 'fit']
+           'student_legs', 'fit']
 
-# %% ../../nbs/51_train.stages.ipynb #efdaff27
-import hashlib
+# %% ../../nbs/51_train.stages.ipynb #f2782d33
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,15 +26,15 @@ from ..data.dataset import FrameSet, Joined, Samples, loader, no_overlap, prepar
 from ..data.kitti import Kitti
 from ..data.kitti_raw import KittiRaw, object_to_raw, refuse_overlap
 from ..distill.base import Terms
-from ..distill.cmkd import CMKD, soft_boxes
+from ..distill.cmkd import CMKD
+from ..distill.shown import TapStore, TeacherTaps
 from ..geometry import DepthBins
-from ..layers.anchors import HeadMaps, detection_loss
+from ..layers.anchors import detection_loss
 from ..layers.image import ImageBranch
 from ..layers.losses import depth_loss, foreground_mask, pool_depth
 from ..models.checkpoints import start_from
 from ..models.student import Student
 from ..models.teacher import Teacher, bev_grid
-from ..taps import Taps
 from .loop import Leg, Progress, train
 
 # %% ../../nbs/51_train.stages.ipynb #7e86997c
@@ -161,36 +159,8 @@ def load_teacher(cfg: Config, weights: Path) -> Teacher:
     teacher.load_state_dict(load_file(weights))
     return teacher.eval().requires_grad_(False)
 
-class TeacherTaps:
-    "What the frozen teacher shows, computed once a sweep: a pure function of the points, so it may be remembered."
-    def __init__(self, teacher: Teacher, names: tuple[str, ...], cfg: Config, limit: float=2e9): # limit in bytes
-        self.teacher, self.names, self.cfg, self.room, self.known = teacher, names, cfg, limit, {}
-
-    def frame(self, bev: Tensor) -> Taps: # (1, C, Y, X)
-        "The asked taps of one sweep."
-        if self.names == ("bev",): return Taps(bev=bev)
-        full = self.teacher.from_bev(bev)
-        return Taps(bev=full.bev if "bev" in self.names else None, head=full.head if "head" in self.names else None,
-                    soft=soft_boxes(full.head, self.teacher.anchors, self.cfg) if "soft" in self.names else None)
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> Taps:
-        "The asked taps of a batch, the same bits whoever is its neighbour: new sweeps go through the sparse part together, then on one by one."
-        sweeps = [batch.points[batch.points[:, 0] == b, 1:] for b in range(len(batch))]
-        keys = [hashlib.sha256(s.cpu().numpy().tobytes()).digest() for s in sweeps]
-        new = {k: s for k, s in zip(keys, sweeps) if k not in self.known}
-        if new: bev = self.teacher.to_bev(torch.cat([F.pad(s, (1, 0), value=i) for i, s in enumerate(new.values())]), len(new))
-        made = {k: self.frame(bev[i:i + 1].clone()) for i, k in enumerate(new)}      # a clone keeps itself alive, not the batch
-        for key, taps in made.items():
-            size = sum(t.nbytes for t in (taps.bev, *(vars(taps.head).values() if taps.head else ()), *(taps.soft[0] if taps.soft else ())) if t is not None)
-            if self.room >= size: self.known[key], self.room = taps, self.room - size
-        taps = [made.get(k) or self.known[k] for k in keys]
-        joined = lambda name: torch.cat([getattr(t, name) for t in taps]) if getattr(taps[0], name) is not None else None
-        head = HeadMaps(*(torch.cat([getattr(t.head, k) for t in taps]) for k in ("cls", "box", "dir"))) if taps[0].head else None
-        return Taps(bev=joined("bev"), head=head, soft=[t.soft[0] for t in taps] if taps[0].soft else None)
-
-# %% ../../nbs/51_train.stages.ipynb #f9fb320d
-def student_legs(cfg: Config, sets: Sets, run: str, teacher: Teacher | None, depth: Path | None, device: str="auto", initial: Path | None=None) -> tuple[nn.Module, list[Leg]]:
+# %% ../../nbs/51_train.stages.ipynb #a96ebe55
+def student_legs(cfg: Config, sets: Sets, run: str, teacher: Teacher | None, depth: Path | None, device: str="auto", initial: Path | None=None, store: TapStore | None=None) -> tuple[nn.Module, list[Leg]]:
     "The student and its legs."
     seed_everything(run, "init")
     model = Student(cfg).to(memory_format=torch.channels_last)
@@ -198,7 +168,8 @@ def student_legs(cfg: Config, sets: Sets, run: str, teacher: Teacher | None, dep
     elif initial: start_from(model.lifted.image, initial)
     if teacher is not None: teacher.to(pick_device(device))
     distiller = CMKD(cfg, model.anchors)
-    show = TeacherTaps(teacher, distiller.teacher_taps, cfg) if distiller.teacher_taps else lambda batch: None
+    frames = sets.seen()
+    show = TeacherTaps(teacher, distiller.teacher_taps, cfg, store=store, sweeps=2*len(frames)) if distiller.teacher_taps else lambda batch: None   # each, and its mirror
 
     def step(net, batch, stage, upto):
         shown = show(batch)
@@ -211,7 +182,7 @@ def student_legs(cfg: Config, sets: Sets, run: str, teacher: Teacher | None, dep
         if cfg.load_head:
             model.bev2d.load_state_dict(teacher.bev2d.state_dict()); model.head.load_state_dict(teacher.head.state_dict())
 
-    legs, frames = [], sets.seen()
+    legs = []
     for name, stage in (("feature", cfg.feature_stage), ("full", cfg.full_stage)):
         batches, n = feed(cfg, frames, "student", run, stage)
         if not length(stage, n): continue
@@ -233,6 +204,7 @@ def fit(
     progress: bool=True,
     device: str="auto",
     initial: Path | None=None,    # weights that the image branch starts from, where `student.initial` names some
+    store: TapStore | None=None,  # keeps what the teacher shows for the next student
 ) -> Progress:
     "Train the network of `role`, resuming what is in `folder`; returns what it cost."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -244,7 +216,7 @@ def fit(
     elif role == "student":
         if needs_teacher(cfg) and teacher is None: raise ValueError("this student needs a teacher: pass the weights of a teacher's run")
         if cfg.pretrain and depth is None: raise ValueError("pretrain=true needs the weights of a depth run")
-        model, legs = student_legs(cfg, sets, run, load_teacher(cfg, teacher) if needs_teacher(cfg) else None, depth, device, initial)
+        model, legs = student_legs(cfg, sets, run, load_teacher(cfg, teacher) if needs_teacher(cfg) else None, depth, device, initial, store)
     else: raise ValueError(f"role must be 'teacher', 'depth' or 'student', got {role!r}")
     for leg in legs: refuse_broken_convolutions(model, leg.stage, pick_device(device))
     at = train(model, legs, folder, run, cfg.checkpoint_seconds, progress, device)
