@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['packed', 'unpacked', 'TapStore', 'key_of', 'TeacherTaps', 'parts', 'whole', 'joined', 'closed', 'opened']
 
-# %% ../../nbs/42_distill.shown.ipynb #bbcf6158
-import hashlib, json, sqlite3, time
+# %% ../../nbs/42_distill.shown.ipynb #1ab948c5
+import hashlib, json, sqlite3
 from contextlib import closing
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class TapStore:
         self.asked, self.found = 0, 0       # sweeps
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with closing(self.connect()) as db:
-            db.execute("CREATE TABLE IF NOT EXISTS teachers (teacher BLOB PRIMARY KEY, used REAL)")
+            db.execute("CREATE TABLE IF NOT EXISTS teachers (teacher BLOB PRIMARY KEY, used INTEGER)")
             db.execute("CREATE TABLE IF NOT EXISTS taps (teacher BLOB, sweep BLOB, tap TEXT, sha256 BLOB, data BLOB, PRIMARY KEY (teacher, sweep, tap)) WITHOUT ROWID")
 
     def connect(self) -> sqlite3.Connection:
@@ -67,7 +67,7 @@ class TapStore:
         if not rows or teacher in self.full: return
         with closing(self.connect()) as db:
             db.execute("BEGIN IMMEDIATE")
-            db.execute("INSERT OR REPLACE INTO teachers VALUES (?, ?)", (teacher, time.time()))
+            db.execute("INSERT OR REPLACE INTO teachers SELECT ?, COALESCE(MAX(used), 0) + 1 FROM teachers", (teacher,))
             while self.size(db) + sum(map(len, rows.values())) > self.limit:
                 other = db.execute("SELECT teacher FROM teachers WHERE teacher != ? ORDER BY used LIMIT 1", (teacher,)).fetchone()
                 if other is None: self.full.add(teacher); break
