@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_model', 'as_boxes', 'detect_set', 'detect_image']
 
-# %% ../nbs/52_detect.ipynb #6d9eb542
+# %% ../nbs/52_detect.ipynb #fd039290
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .config import Config
-from .core import CLASSES, Boxes, Calibration, Frame, device as pick_device
+from .core import CLASSES, Boxes, Calibration, Frame, cast, device as pick_device
 from .data.dataset import FrameSet, Samples, collate, loader, prepare
 from .layers.anchors import detections
 from .models.checkpoints import new_model
@@ -38,13 +38,14 @@ def as_boxes(found) -> Boxes: # (boxes (K, 7), scores (K,), labels (K,)) tensors
     return Boxes(boxes, np.array(CLASSES)[labels], scores)
 
 @torch.no_grad()
-def detect_set(model: nn.Module, cfg: Config, frames: FrameSet, batch: int=8, progress: bool=True, device: str="auto", per_class: bool=False) -> dict[str, Boxes]:
-    "{frame id: detections} of every frame, after score threshold and NMS (`cfg.head`); `per_class` as in `layers.anchors.detections`."
+def detect_set(model: nn.Module, cfg: Config, frames: FrameSet, batch: int=8, progress: bool=True, device: str="auto", per_class: bool=False, precision: str="no") -> dict[str, Boxes]:
+    "{frame id: detections} of every frame, after score threshold and NMS (`cfg.head`); `per_class` as in `layers.anchors.detections`; `precision` 'bf16' or 'no' of the network, boxes are float32."
+    if precision != "no" and not isinstance(model, Student): raise ValueError("only a student has another precision than 'no': sparse convolutions know only float32")
     model = model.to(pick_device(device)).eval()
     samples = Samples(frames, image_size=cfg.data.image_size, grid=bev_grid(cfg.space))
     out = {}
     for b in tqdm(loader(samples, batch), desc="detect", unit="batch", disable=not progress, mininterval=1.):
-        maps = model(b.to(pick_device(device))).head
+        with cast(precision, pick_device(device)): maps = model(b.to(pick_device(device))).head
         out.update(zip(b.ids, map(as_boxes, detections(maps, model.anchors, cfg.head, per_class))))
     return out
 
@@ -55,9 +56,11 @@ def detect_image(
     cfg: Config,
     image: np.ndarray,   # (H, W, 3) uint8 RGB
     calib: Calibration,
+    precision: str="no", # of the network: 'no' or 'bf16'
 ) -> Boxes:              # lidar frame, best first
     "What a student sees in one picture; no LiDAR is asked."
     if not isinstance(model, Student): raise ValueError(f"a picture alone needs a student, got a {type(model).__name__}")
     frame = Frame("image", image, np.zeros((0, 4), np.float32), calib)
     batch = collate([prepare(frame, image_size=cfg.data.image_size)]).to(next(model.parameters()).device)
-    return as_boxes(detections(model.eval()(batch).head, model.anchors, cfg.head)[0])
+    with cast(precision, batch.images.device): maps = model.eval()(batch).head
+    return as_boxes(detections(maps, model.anchors, cfg.head)[0])

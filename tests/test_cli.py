@@ -10,7 +10,7 @@ from cmkd import cli
 from cmkd.data.kitti import read_label, write_label
 from cmkd.ledger.runs import WORLDS
 
-COMMANDS = ("doctor", "world", "train", "evaluate", "detect", "convert", "export", "table", "run", "bench")
+COMMANDS = ("doctor", "world", "train", "memory", "evaluate", "detect", "convert", "export", "table", "run", "bench")
 CAR = "Car 0.00 0 1.85 387.63 181.54 423.81 233.12 1.67 1.87 3.69 -16.53 2.39 28.49 1.57"
 
 

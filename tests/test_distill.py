@@ -1,5 +1,7 @@
 "Distillation: what flows, how much, and never back into the teacher."
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from cmkd.geometry import DepthBins
 from cmkd.models.student import Student
 from cmkd.models.teacher import Teacher
 from cmkd.taps import Taps
-from cmkd.distill.shown import TeacherTaps
+from cmkd.distill.shown import TapStore, TeacherTaps
 from cmkd.train.stages import boxes2d, depth_term, load_teacher, needs_teacher
 from golden.det import det
 
@@ -181,6 +183,29 @@ def test_shown_equals_the_teacher_and_remembers():
     none = TeacherTaps(teacher, ("soft",), cfg); t = none(b); assert t.bev is None and t.head is None and len(t.soft) == 2
     full = TeacherTaps(teacher, ("bev",), cfg, limit=direct.bev[0].nbytes); full(b); assert len(full.known) == 1, "no more than fits"
     empty = replace(b, points=b.points[b.points[:, 0] == 0]); assert torch.equal(show(empty).bev[0], show(b).bev[0]) and not show(empty).bev[1].isnan().any()
+
+
+def fill(path, name):
+    "One of several writers, in a process of its own."
+    store = TapStore(path)
+    for i in range(20): store.put(b"T", {(f"{name}{i}".encode(), "bev"): f"{name}{i}".encode()*500})
+
+
+def test_several_processes_share_a_store(tmp_path):
+    with ProcessPoolExecutor(3, get_context("spawn")) as pool: list(pool.map(fill, [tmp_path/"t.sqlite"]*3, "abc"))
+    keys = [f"{n}{i}".encode() for n in "abc" for i in range(20)]
+    assert TapStore(tmp_path/"t.sqlite").get(b"T", keys, ("bev",)) == {(k, "bev"): k*500 for k in keys}
+
+
+def test_a_store_changes_no_bit_of_a_batch(tmp_path):
+    "Found on disk or computed, alone or beside another, in one layout."
+    teacher, store, b = taught(), TapStore(tmp_path/"t.sqlite"), batch()
+    names = ("bev", "head", "soft"); ask = lambda: TeacherTaps(teacher, names, CFG, store=store, sweeps=4)
+    alone = replace(b, ids=["1"], points=torch.cat([torch.zeros(300, 1), b.points[b.points[:, 0] == 1][:, 1:]], 1)); ask()(alone)
+    mixed, never = ask()(b), TeacherTaps(teacher, names, CFG)(b)
+    assert (store.asked, store.found) == (3, 1)
+    for x, y in ((mixed.bev, never.bev), *((getattr(mixed.head, k), getattr(never.head, k)) for k in ("cls", "box", "dir"))): assert torch.equal(x, y) and x.stride() == y.stride()
+    for x, y in zip(mixed.soft, never.soft, strict=True): assert all(map(torch.equal, x, y)) and len(x[0])
 
 
 def test_loaded_teacher_is_frozen(tmp_path):

@@ -13,7 +13,8 @@ from cmkd.distill.base import Terms
 from cmkd.models.student import Student
 from cmkd.train import loop
 from cmkd.train.loop import Leg, one_cycle, optimiser, train
-from cmkd.train.stages import cast, feed, fit, first, length, load_teacher, open_sets, refuse_broken_convolutions, student_legs, teacher_legs
+from cmkd.core import cast
+from cmkd.train.stages import feed, fit, first, length, load_teacher, open_sets, refuse_broken_convolutions, student_legs, teacher_legs
 
 RIG = Calibration([[185.9, 0, 157, 11], [0, 185.9, 44, .06], [0, 0, 1, .003]], np.eye(3), [[0, -1, 0, 0], [0, 0, -1, -.08], [1, 0, 0, -.27]])
 
@@ -141,9 +142,9 @@ def test_broken_convolutions_are_refused():
 
 
 def test_precision():
-    with cast(Stage(precision="bf16"), torch.device("cpu")): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with cast(Stage(), torch.device("cpu")): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    with pytest.raises(ValueError, match="'no' or 'bf16'"): cast(Stage(precision="fp16"), torch.device("cpu"))
+    with cast("bf16", torch.device("cpu")): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with cast("no", torch.device("cpu")): assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    with pytest.raises(ValueError, match="'no' or 'bf16'"): cast("fp16", torch.device("cpu"))
 
 
 # --- the stages, on a street of eight frames ---

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'WORLDS', 'STREET', 'parents', 'initial_of', 'run_name', 'config_of', 'command', 'sha256', 'Run', 'load',
            'git_state', 'versions', 'hardware', 'cpu_seconds', 'measured', 'add_sessions', 'locked', 'truth',
-           'height_scale', 'judge', 'manifests', 'same_data', 'described', 'utc', 'at_hand', 'begun_from',
+           'height_scale', 'scored', 'judge', 'manifests', 'same_data', 'described', 'utc', 'at_hand', 'begun_from',
            'fit_or_load', 'fit_all', 'world', 'judged_on']
 
-# %% ../../nbs/60_ledger.runs.ipynb #cf4ab942
+# %% ../../nbs/60_ledger.runs.ipynb #2eee41b2
 import fcntl, hashlib, json, os, platform, resource, shlex, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -19,10 +19,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from pandas import DataFrame
 from tqdm import tqdm
 
 from ..config import Config, diff, flat, recipe, unflat
-from ..core import root, write_json
+from ..core import Boxes, root, write_json
 from ..data.dataset import FrameSet, Subset
 from ..data.kitti import Kitti, Objects, to_objects
 from ..data.world import WorldConfig, write
@@ -169,13 +170,15 @@ def height_scale(cfg: Config, val: FrameSet) -> float:
     "KITTI's difficulties count pixels of pictures 1242 wide; the world's are smaller by this factor."
     return val.frame(0).image.shape[1]/1242 if cfg.data.kind == "world" else 1.
 
+def scored(found: dict[str, Boxes], cfg: Config, val: FrameSet, draws: int=0) -> DataFrame: # as `evaluate`
+    "All APs of detections on labelled frames."
+    seen = [to_objects(found[f.id], f.calib, f.image.shape[:2]) for f in map(val.frame, range(len(val)))]
+    inside = lambda o: o[(o.boxes2d[:, 2] > o.boxes2d[:, 0]) & (o.boxes2d[:, 3] > o.boxes2d[:, 1])]
+    return evaluate([truth(val, i) for i in range(len(val))], [inside(o) for o in seen], height_scale=height_scale(cfg, val), draws=draws)
+
 def judge(cfg: Config, role: str, weights: Path, val: FrameSet, progress: bool=True, per_class: bool=False) -> dict[str, float | None]:
     "{class/metric/recall/iou/difficulty: AP in percent} of a model on labelled frames; None where there is nothing to find."
-    found = detect_set(load_model(cfg, role, weights), cfg, val, progress=progress, per_class=per_class)
-    frames = [val.frame(i) for i in range(len(val))]
-    seen = [to_objects(found[f.id], f.calib, f.image.shape[:2]) for f in frames]
-    inside = lambda o: o[(o.boxes2d[:, 2] > o.boxes2d[:, 0]) & (o.boxes2d[:, 3] > o.boxes2d[:, 1])]
-    table = evaluate([truth(val, i) for i in range(len(val))], [inside(o) for o in seen], height_scale=height_scale(cfg, val))
+    table = scored(detect_set(load_model(cfg, role, weights), cfg, val, progress=progress, per_class=per_class), cfg, val)
     rows = zip(*(table[c] for c in ("class", "metric", "recall", "iou", "difficulty", "value")))
     return {f"{c}/{m}/{r}/{iou:g}/{d}": None if v is None else round(float(v), 4) for c, m, r, iou, d, v in rows}
 
