@@ -101,8 +101,9 @@ class TeacherTaps:
         self.teacher, self.names, self.cfg, self.room, self.known = teacher, names, cfg, limit, {}
         self.store, self.sweeps, self.key = store, sweeps, store and key_of(teacher, cfg)
 
-    def frame(self, bev: Tensor) -> Taps: # (1, C, Y, X)
+    def sweep(self, points: Tensor) -> Taps: # (N, 4) lidar
         "The asked taps of one sweep."
+        bev = self.teacher.to_bev(F.pad(points, (1, 0)), 1)
         if self.names == ("bev",): return Taps(bev=bev)
         full = self.teacher.from_bev(bev)
         return Taps(bev=full.bev if "bev" in self.names else None, head=full.head if "head" in self.names else None,
@@ -117,8 +118,7 @@ class TeacherTaps:
         made = self.recall(list(new), batch.points.device) if self.store and new else {}
         new = {k: s for k, s in new.items() if k not in made}
         if new:
-            bev = self.teacher.to_bev(torch.cat([F.pad(s, (1, 0), value=i) for i, s in enumerate(new.values())]), len(new))
-            fresh = {k: self.frame(bev[i:i + 1].clone()) for i, k in enumerate(new)}   # a clone keeps itself alive, not the batch
+            fresh = {k: self.sweep(s) for k, s in new.items()}
             if self.store: self.keep(fresh)
             made |= fresh
         for key, taps in made.items():

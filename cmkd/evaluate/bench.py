@@ -98,8 +98,8 @@ def onnx_case(*changes: str): # -> a call
     "The same student in ONNX Runtime; its rays are worked out anew for every picture."
     import onnxruntime
     torch.manual_seed(0)
-    cfg = recipe().override(*changes); batch = picture(cfg, torch.zeros(0, 5))
-    with tempfile.TemporaryDirectory() as folder: written = to_onnx(Student(cfg).eval(), Path(folder)/"student.onnx", tuple(batch.images.shape[2:])).read_bytes()
+    model = Student(recipe().override(*changes)).eval(); batch = picture(model.cfg, torch.zeros(0, 5))
+    with tempfile.TemporaryDirectory() as folder: written = to_onnx(model, Path(folder)/"student.onnx", tuple(batch.images.shape[2:])).read_bytes()
     one = onnxruntime.SessionOptions(); one.intra_op_num_threads = one.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(written, one, providers=["CPUExecutionProvider"])
     inputs = dict(image=batch.images.numpy(), lidar_to_cam=batch.lidar_to_cam[0].numpy(), P2=batch.P2[0].numpy())

@@ -49,7 +49,7 @@ class Teacher(nn.Module):
         self.register_buffer("anchors", head_anchors(cfg), persistent=False)
 
     def to_bev(self, points: Tensor, frames: int) -> Tensor: # (N, 5) batch index x y z reflectance -> (B, C, Y, X)
-        "F_L^bev; a frame's bits do not depend on its neighbours."
+        "F_L^bev of all frames."
         features, coords = voxelize(points, self.grid, self.cfg.space.max_points, self.cfg.space.max_voxels)
         return height_to_channels(self.backbone3d(features, coords, frames)).contiguous(memory_format=torch.channels_last)
 
