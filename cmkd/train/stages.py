@@ -7,7 +7,8 @@ __all__ = ['Sets', 'first', 'open_sets', 'open_unlabelled', 'kept_bytes', 'feed'
            'teacher_legs', 'boxes2d', 'depth_term', 'depth_legs', 'needs_teacher', 'needs_initial', 'load_teacher',
            'student_legs', 'fit']
 
-# %% ../../nbs/51_train.stages.ipynb #303c409a
+# %% ../../nbs/51_train.stages.ipynb #282e7c9b
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -80,13 +81,14 @@ def kept_bytes(cfg: Config, frames: FrameSet) -> int:
     return size if len(frames)*size < 4e9 else 0
 
 def feed(cfg: Config, frames: FrameSet, role: str, run: str, stage: Stage) -> tuple[Callable, int]:
-    "(epoch, skip) -> batches, and the batches of one epoch; a set that fits into 4 GB stays in memory."
-    d = cfg.data
-    samples = Samples(frames, image_size=d.image_size, grid=bev_grid(cfg.space), cache=kept_bytes(cfg, frames) > 0)
+    "(epoch, skip) -> batches, and the batches of one epoch; a set that fits into 4 GB stays in memory, a larger one is read ahead by other processes."
+    d, keep = cfg.data, kept_bytes(cfg, frames) > 0
+    samples = Samples(frames, image_size=d.image_size, grid=bev_grid(cfg.space), cache=keep)
+    workers = 0 if keep else max(1, min(4, (os.cpu_count() or 1) - 1))
     change = (partial(augment.teacher, flip=d.flip, rotation=d.rotation, scaling=d.scaling) if role == "teacher"
               else partial(augment.student, flip=d.flip, mirror=d.mirror, photometric=d.photometric))
     if len(frames) < stage.batch: raise ValueError(f"{frames.name}/{frames.split} has {len(frames)} frames, fewer than one batch of {stage.batch}")
-    def batches(epoch, skip): return iter(loader(samples, stage.batch, run, epoch, shuffle=True, augment=change, drop_last=True, start=skip))
+    def batches(epoch, skip): return iter(loader(samples, stage.batch, run, epoch, shuffle=True, augment=change, workers=workers, drop_last=True, start=skip))
     return batches, len(frames)//stage.batch
 
 def length(stage: Stage, per_epoch: int) -> int:
