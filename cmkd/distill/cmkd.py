@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['feature_loss', 'soft_boxes', 'hardened', 'CMKD']
 
-# %% ../../nbs/41_distill.cmkd.ipynb #d0c7eb79
+# %% ../../nbs/41_distill.cmkd.ipynb #75027e10
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..boxes import nearest_bev
 from ..config import Config
 from ..core import CLASSES, Batch
 from .base import Distiller, Terms
@@ -59,6 +60,7 @@ class CMKD(Distiller):
         if d.hard and d.response != "soft": raise ValueError(f"distill.hard takes classes out of the soft boxes; with distill.response={d.response} there are none: set it to soft, or distill.hard=[]")
         self.cfg, self.needs_labels, self.hard = cfg, d.response == "hard" or bool(d.hard), [CLASSES.index(c) for c in d.hard]
         self.register_buffer("anchors", anchors, persistent=False)
+        self.register_buffer("upright", nearest_bev(anchors.reshape(-1, 7)).view(*anchors.shape[:-1], 4), persistent=False)
         self.student_taps = ("bev",)*d.feature + ("head",)*(d.response != "none")
         self.teacher_taps = ("bev",)*d.feature + {"soft": ("soft",), "dense": ("head",)}.get(d.response, ())
 
@@ -72,7 +74,7 @@ class CMKD(Distiller):
                 soft = teacher.need("soft")
                 if self.hard: soft = [hardened(*frame, self.hard) for frame in zip(soft, batch.boxes, batch.labels)]
                 boxes, scores, labels = map(list, zip(*soft))
-            loss = detection_loss(maps, self.anchors, self.cfg.head, d.losses, boxes, labels, scores, d.quality)
+            loss = detection_loss(maps, self.anchors, self.cfg.head, d.losses, boxes, labels, scores, d.quality, self.upright)
         return Terms(cls=loss.cls, box=loss.box, direction=loss.direction)
 
     def forward(self, student: Taps, teacher: Taps | None, batch: Batch) -> Terms:

@@ -184,6 +184,7 @@ def detection_loss(
     labels: list[Tensor],  # B x (M,) int64 class
     scores: list[Tensor] | None=None,   # B x (M,) s_i of soft labels; None is 1
     quality: bool=True,    # weigh positives by s_i; False keeps s_i as a class target only
+    upright: Tensor | None=None,  # (Y, X, A, 4) `nearest_bev` of the anchors, where it is known already
 ) -> DetectionLosses:
     "CMKD Eq. 3 to 6: quality focal loss, smooth L1 of codes with the sine of the heading, direction bins."
     if losses.targets not in ("assigned", "label", "all"): raise ValueError(f"losses.targets must be 'assigned', 'label' or 'all', got {losses.targets!r}")
@@ -193,7 +194,7 @@ def detection_loss(
     scores = [b.new_ones(len(b)) for b in boxes] if scores is None else [s.to(cls) for s in scores]
     weights = scores if quality else [torch.ones_like(s) for s in scores]
     if losses.normalise not in ("positives", "sum"): raise ValueError(f"losses.normalise must be 'positives' or 'sum', got {losses.normalise!r}")
-    upright = nearest_bev(flat_anchors).view(*anchors.shape[:-1], 4)
+    if upright is None: upright = nearest_bev(flat_anchors).view(*anchors.shape[:-1], 4)
     found = [assign(anchors, head, b, l, upright) for b, l in zip(boxes, labels, strict=True)]
     label = torch.stack([t.labels.flatten() for t in found])
     b, n = (label > 0).nonzero(as_tuple=True)                      # frame and anchor of each positive

@@ -104,11 +104,12 @@ class _Lift(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features, chance, weight, seen: Rays):
-        ctx.save_for_backward(features, chance, weight); ctx.seen = seen
+        ctx.save_for_backward(features, chance, weight); ctx.seen, ctx.shares = seen, []
         bev = 0
         for slab in seen.slabs:
-            rows = (features @ weight[:, slab.heights].flatten(1)).view(-1, weight.shape[2])
-            bev = bev + F.embedding_bag(slab.row.flatten(), rows, slab.columns, per_sample_weights=_Lift.share(slab, chance).flatten(), mode="sum")
+            rows, share = (features @ weight[:, slab.heights].flatten(1)).view(-1, weight.shape[2]), _Lift.share(slab, chance)
+            bev = bev + F.embedding_bag(slab.row.flatten(), rows, slab.columns, per_sample_weights=share.flatten(), mode="sum")
+            if any(ctx.needs_input_grad): ctx.shares.append(share)
         return bev
 
     @staticmethod
@@ -117,10 +118,10 @@ class _Lift(torch.autograd.Function):
         features, chance, weight = ctx.saved_tensors
         grad = grad.contiguous()
         to_features, to_chance, to_weight = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (features, chance, weight))
-        for slab in ctx.seen.slabs:
-            matrix, share = weight[:, slab.heights].flatten(1), _Lift.share(slab, chance)
+        for slab, share in zip(ctx.seen.slabs, ctx.shares):
+            matrix = weight[:, slab.heights].flatten(1)
             with torch.enable_grad():
-                s = share.flatten().requires_grad_()
+                s = share.flatten().detach().requires_grad_()
                 bev = F.embedding_bag(slab.row.flatten(), (features @ matrix).view(-1, weight.shape[2]), slab.columns, per_sample_weights=s, mode="sum")
                 to_share = torch.autograd.grad(bev, s, grad)[0].view_as(share)
             to_share = to_share*slab.weight
