@@ -15,7 +15,7 @@ from cmkd.core import seed_everything
 from cmkd.models.teacher import Teacher
 from cmkd.train.stages import fit, open_sets
 
-cfg = recipe().override("data.train_frames=1", "data.val_frames=1", "pretrain=false", "feature_stage.epochs=0", "feature_stage.batch=1", "full_stage.epochs=0", "full_stage.steps=1", "full_stage.batch=1")
+cfg = recipe().override("data.train_frames=1", "data.val_frames=1", "pretrain=false", "student.initial=", "feature_stage.epochs=0", "feature_stage.batch=1", "full_stage.epochs=0", "full_stage.steps=1", "full_stage.batch=1")
 out, data = Path(sys.argv[1]), Path(sys.argv[2])
 seed_everything("teacher"); save_file({k: v.contiguous() for k, v in Teacher(cfg).state_dict().items()}, out/"teacher.safetensors")
 start = time.process_time()
