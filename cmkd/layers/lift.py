@@ -110,6 +110,7 @@ class _Lift(torch.autograd.Function):
             rows, share = (features @ weight[:, slab.heights].flatten(1)).view(-1, weight.shape[2]), _Lift.share(slab, chance)
             bev = bev + F.embedding_bag(slab.row.flatten(), rows, slab.columns, per_sample_weights=share.flatten(), mode="sum")
             if any(ctx.needs_input_grad): ctx.shares.append(share)
+            del rows, share                                   # before the next slab's are made
         return bev
 
     @staticmethod
