@@ -270,7 +270,8 @@ BENCHES = ("evaluate", "lift", "student", "step", "backbones", "row", "precision
 
 def published(name: str) -> tuple:
     "What a benchmark of scale mini asks for: its config, world and runs, made first where they are not here."
-    from cmkd.ledger.runs import fit_or_load, load, open_sets, world
+    from cmkd.ledger.runs import fit_or_load, load, world
+    from cmkd.train.stages import open_sets
     cfg, data = recipe(scale="mini"), world("mini")
     if name == "memory":
         runs = [load(p.parent) for p in sorted((root()/"results"/"runs").glob("mini-*/record.json"))]

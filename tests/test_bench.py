@@ -33,7 +33,7 @@ def test_memory_was_foretold():
 
 
 def test_memory_counts_what_is_kept():
-    "Twice the frames are twice the memory that is kept, and a run that never repeats a frame keeps no more than it draws."
+    "A run sees each frame and its mirror once they were drawn, and never more than it draws; the probe cuts only the stages that a run has."
     cfg = recipe(scale="smoke")
     assert short(cfg).full_stage.steps == short(cfg).teacher_stage.steps == STEPS and short(cfg).feature_stage == cfg.feature_stage
     assert faces(100, 50, .5) == 50 and faces(100, 100, .5) == 100 and faces(100, 10_000, .5) == pytest.approx(200) and faces(100, 10_000, 0.) == 100

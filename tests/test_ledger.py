@@ -44,7 +44,7 @@ def toy(monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "fit", fit)
     monkeypatch.setattr(runs, "open_sets", lambda cfg, folder: Sets(Street("train"), Street("val", ("2", "3")), Street("un", ("4", "5")) if cfg.data.unlabelled else None))
     monkeypatch.setattr(runs, "load_model", lambda cfg, role, weights: role)
-    monkeypatch.setattr(runs, "detect_set", lambda model, cfg, frames, progress=True, per_class=False, precision="no": {f.id: replace(f.objects, scores=np.full(1, .5 if per_class else 1.)) for f in map(frames.frame, range(len(frames)))})
+    monkeypatch.setattr(runs, "detect_set", lambda model, cfg, frames, progress=True, per_class=False: {f.id: replace(f.objects, scores=np.full(1, .5 if per_class else 1.)) for f in map(frames.frame, range(len(frames)))})
     return lambda cfg=CFG, role="student", **k: fit_or_load(cfg, role, "toy", tmp_path, progress=False, **k), made, tmp_path
 
 
