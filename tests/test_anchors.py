@@ -27,6 +27,12 @@ def e(golden): return np.load(golden/"e_anchors_targets.npz")
 def f(golden): return np.load(golden/"f_losses.npz")
 
 
+def alone(anchors, head, boxes, labels):
+    "Labels and box rows of one frame, (Y, X, A) each."
+    t = assign(anchors, head, [boxes], [labels])
+    return t.labels[0], t.box_index[0]
+
+
 def truth(gt):
     gt = [g[g[:, 3] > 0] for g in torch.tensor(gt)]
     return [g[:, :7] for g in gt], [g[:, 7].long() - 1 for g in gt]
@@ -54,8 +60,7 @@ def test_anchors_to_the_bit(e):
 
 def test_assignment_is_exact(e):
     for b, (boxes, labels) in enumerate(zip(*truth(e["gt_boxes"]))):
-        t = assign(ANCHORS, HEAD, boxes, labels)
-        label, index = t.labels.flatten(), t.box_index.flatten()
+        label, index = (t.flatten() for t in alone(ANCHORS, HEAD, boxes, labels))
         assert np.array_equal(label.numpy(), e["labels"][b])
         assert [(label > 0).sum(), (label == 0).sum(), (label < 0).sum()] == [e["n_pos"][b], e["n_neg"][b], e["n_ignore"][b]]
         mine = e["pos_index"][:, 0] == b; rows = e["pos_index"][mine, 1]
@@ -85,7 +90,7 @@ def test_plain_second(f):
     "SECOND's own class loss, put together from our parts; box and direction are the same as ours."
     maps = predictions("f.s"); boxes, labels = truth(f["gt_boxes"]); cls = maps.flat()[0]
     loss = detection_loss(maps, ANCHORS, HEAD, Losses(), boxes, labels)
-    label = torch.stack([assign(ANCHORS, HEAD, b, l).labels.flatten() for b, l in zip(boxes, labels)])
+    label = assign(ANCHORS, HEAD, boxes, labels).labels.flatten(1)
     hot = torch.nn.functional.one_hot(label.clamp_min(0), 4)[..., 1:]
     focal = ((focal_loss(cls, hot)*(label >= 0)[..., None]).sum((1, 2))/(label > 0).sum(1)).mean()
     np.testing.assert_allclose([focal.item(), loss.box.item(), loss.direction.item()], [f["second_cls"], f["second_loc"], f["second_dir"]], rtol=1e-5)
@@ -157,21 +162,37 @@ def test_heading_and_direction(heading, turned_bin):
 def test_assignment_by_hand():
     "A car on the spot, a box out of reach, and classes in the order that the frame gives them."
     out = SPOT.view(1, 7) + torch.tensor([100., 0, 0, 0, 0, 0, 0])
-    t = assign(SPOT, ONE, torch.cat([out, SPOT.view(1, 7)]), torch.tensor([0, 0]))
-    assert t.labels.item() == 1 and t.box_index.item() == 1
-    assert assign(SPOT, ONE, out, torch.tensor([0])).labels.item() == 0                 # overlaps nothing, forces nothing
+    label, index = alone(SPOT, ONE, torch.cat([out, SPOT.view(1, 7)]), torch.tensor([0, 0]))
+    assert label.item() == 1 and index.item() == 1
+    assert alone(SPOT, ONE, out, torch.tensor([0]))[0].item() == 0                 # overlaps nothing, forces nothing
     grid = make_anchors(Head(centred=True), (0., 0., -3.), (8., 8., 1.), (1, 1))
     boxes = grid[0, 0, [4, 0, 2]]
-    t = assign(grid, HEAD, boxes, torch.tensor([2, 0, 1]))
-    assert t.labels.flatten()[::2].tolist() == [1, 2, 3] and t.box_index.flatten()[::2].tolist() == [1, 2, 0]
-    assert t.labels.flatten()[1].item() == 0                                            # a car across: 2.56 of 9.92 m2
+    label, index = alone(grid, HEAD, boxes, torch.tensor([2, 0, 1]))
+    assert label.flatten()[::2].tolist() == [1, 2, 3] and index.flatten()[::2].tolist() == [1, 2, 0]
+    assert label.flatten()[1].item() == 0                                            # a car across: 2.56 of 9.92 m2
+
+
+def test_frames_do_not_meet():
+    "Frames assigned together are assigned as each would be alone: some crowded, some without a class, one empty."
+    g = torch.Generator().manual_seed(0)
+    anchors = make_anchors(Head(centred=True), (0., -8., -3.), (16., 8., 1.), (16, 16)); kinds = torch.tensor([[*size, 0.] for size in HEAD.sizes])
+    boxes, labels = [], []
+    for n, some in ((9, (0, 1, 2)), (0, (0,)), (5, (1,)), (7, (0, 2)), (1, (2,))):
+        label = torch.tensor(some)[torch.randint(len(some), (n,), generator=g)]
+        boxes.append(torch.cat([torch.rand(n, 3, generator=g)*16 - torch.tensor([0., 8, 8]), kinds[label]], 1)); labels.append(label)
+    t = assign(anchors, HEAD, boxes, labels)
+    for b in range(5):
+        label, index = alone(anchors, HEAD, boxes[b], labels[b])
+        assert torch.equal(t.labels[b], label) and torch.equal(t.box_index[b], index)
+        on = label > 0
+        assert len(index[on].unique()) >= len(boxes[b])/2 and (labels[b][index[on]] == label[on] - 1).all()
 
 
 @pytest.mark.parametrize("overlap, label", [(.61, 1), (.59, -1), (.46, -1), (.44, 0)])
 def test_thresholds(overlap, label):
     row = SPOT.repeat(1, 2, 1, 1); shift = 3.9*(1 - overlap)/(1 + overlap)              # (3.9 - d)/(3.9 + d) = overlap
     row[0, 1, 0, 0] += shift                                                            # the first anchor fits and is forced
-    assert assign(row, ONE, SPOT.view(1, 7), torch.tensor([0])).labels.flatten().tolist() == [1, label]
+    assert alone(row, ONE, SPOT.view(1, 7), torch.tensor([0]))[0].flatten().tolist() == [1, label]
 
 
 def test_dense_response_by_hand():
@@ -236,7 +257,7 @@ def test_plain_loop_agrees():
     cls, codes, _ = maps.flat(); flat = anchors.reshape(-1, 7); decoded = decode_boxes(maps, anchors, head)
     reg = sco = 0.
     for b in range(2):
-        t = assign(anchors, head, boxes[b], labels[b]); label, index = t.labels.flatten(), t.box_index.flatten(); n = (label > 0).sum().item()
+        label, index = (t.flatten() for t in alone(anchors, head, boxes[b], labels[b])); n = (label > 0).sum().item()
         for i in (label > 0).nonzero()[:, 0].tolist():
             box, s = boxes[b][index[i]], weights[b][index[i]].item()
             d = codes[b, i] - encode(box, flat[i]); d[6] = math.sin(d[6]); d = d.abs()
@@ -287,5 +308,5 @@ def test_an_overlap_at_the_threshold():
     "An anchor whose IoU is exactly the threshold is positive; at the lower one it is ignored, no background."
     anchors = torch.tensor([[0., 0, 0, 3, 1, 1, 0], [1, 0, 0, 3, 1, 1, 0]]).view(1, 2, 1, 7)        # IoU 1 and 2/4 with the first
     head = Head(sizes=((3., 1., 1.),), bottoms=(0.,), positive=(.5,), negative=(.25,), rotations=(0.,))
-    at = lambda head: assign(anchors, head, anchors[0, 0], torch.tensor([0])).labels.flatten().tolist()
+    at = lambda head: alone(anchors, head, anchors[0, 0], torch.tensor([0]))[0].flatten().tolist()
     assert at(head) == [1, 1] and at(replace(head, positive=(.6,), negative=(.5,))) == [1, -1]

@@ -82,7 +82,7 @@ def test_every_term_is_weighed_by_the_score_of_its_box():
         return d(Taps(head=student), Taps(soft=soft), None)
     d = CFG.distill.losses; boxes, scores, labels = soft[0]
     alone = [detection_loss(student, ANCHORS, CFG.head, d, [boxes[k:k + 1]], [labels[k:k + 1]]) for k in (0, 1)]
-    counts = [(assign(ANCHORS, CFG.head, boxes[k:k + 1], labels[k:k + 1]).labels > 0).sum().item() for k in (0, 1)]
+    counts = [(assign(ANCHORS, CFG.head, [boxes[k:k + 1]], [labels[k:k + 1]]).labels > 0).sum().item() for k in (0, 1)]
     share = [c/sum(counts) for c in counts]
     for quality, s in ((True, scores.tolist()), (False, [1., 1.])):
         terms = pull(quality=quality)
@@ -94,7 +94,7 @@ def test_every_term_is_weighed_by_the_score_of_its_box():
 @pytest.mark.parametrize("quality", [True, False])
 def test_the_class_target_of_a_soft_box_is_its_score(quality):
     "Eq. 5: a student that gives a positive the teacher's score has nothing to learn there; more and less pull to it from both sides."
-    soft = soft_boxes(maps(CARS[:1], [.7], [0]), ANCHORS, CFG); positive = (assign(ANCHORS, CFG.head, soft[0][0], soft[0][2]).labels > 0).flatten()
+    soft = soft_boxes(maps(CARS[:1], [.7], [0]), ANCHORS, CFG); positive = (assign(ANCHORS, CFG.head, [soft[0][0]], [soft[0][2]]).labels > 0).flatten()
     distiller = CMKD(replace(CFG, distill=replace(CFG.distill, feature=False, quality=quality, losses=replace(CFG.distill.losses, targets="label"))), ANCHORS)
     for p, sign in ((.7, 0), (.9, 1), (.4, -1)):
         student = maps([], []  , [], background=-6.); cls = student.cls.detach().clone(); rows = cls[0].permute(1, 2, 0).reshape(-1, 3)

@@ -86,7 +86,7 @@ def relight(
     brightness, contrast, gamma = rng.uniform(1 - strength, 1 + strength, 3)
     v = (np.arange(256)/255)**gamma
     table = np.clip(((v - .5)*contrast + .5)*brightness, 0, 1)*255
-    return torch.from_numpy(table.round().astype(np.uint8)[image.numpy()])
+    return torch.from_numpy(table.round().astype(np.uint8).take(image.numpy().astype(np.intp)))     # numpy looks up by intp
 
 # %% ../../nbs/16_data.augment.ipynb #55a2e496
 def student(

@@ -159,10 +159,8 @@ def prepare(
 def collate(samples: list[Sample]) -> Batch:
     "Samples as one `Batch`; `boxes` and `labels` are None if any frame is unlabelled."
     H, W = (max(s.size[k] for s in samples) for k in (0, 1))
-    images, depth = torch.zeros(len(samples), 3, H, W), torch.zeros(len(samples), H, W)
-    for i, s in enumerate(samples):
-        h, w = s.size
-        torch.mul(s.image, 1/255, out=images[i, :, :h, :w]); depth[i, :h, :w] = s.depth
+    padded = lambda t: torch.nn.functional.pad(t, (0, W - t.shape[-1], 0, H - t.shape[-2]))
+    images, depth = torch.stack([padded(s.image)*(1/255) for s in samples]), torch.stack([padded(s.depth) for s in samples])
     points = torch.cat([torch.nn.functional.pad(s.points, (1, 0), value=i) for i, s in enumerate(samples)])
     labelled = all(s.boxes is not None for s in samples)
     return Batch([s.id for s in samples], images, torch.tensor([s.size for s in samples]), points,

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['feature_loss', 'soft_boxes', 'hardened', 'CMKD']
 
-# %% ../../nbs/41_distill.cmkd.ipynb #75027e10
+# %% ../../nbs/41_distill.cmkd.ipynb #3ad3aafe
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..boxes import nearest_bev
@@ -26,9 +27,10 @@ def feature_loss(
 ) -> Tensor:                # () scalar
     "CMKD Eq. (2): mean squared error between the two BEV maps."
     if student.shape != teacher.shape: raise ValueError(f"feature distillation needs equal BEV maps: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}")
-    teacher = teacher.detach().float()
-    error = (student.float() - teacher).square().mean()
-    return error/teacher.square().mean().clamp(min=1e-6) if normalise else error
+    student, teacher = (m.permute(0, 2, 3, 1).float() for m in (student, teacher.detach()))       # as they lie in memory
+    error = F.mse_loss(student, teacher)
+    flat = teacher.flatten()
+    return error/(flat.dot(flat)/len(flat)).clamp(min=1e-6) if normalise else error
 
 # %% ../../nbs/41_distill.cmkd.ipynb #6eacc8e1
 def soft_boxes(head: HeadMaps, anchors: Tensor, cfg: Config) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -44,32 +44,38 @@ def anchor_class(head: Head) -> Tensor: # (A,) int64
 @dataclass(frozen=True)
 class Targets:
     "What each anchor shall learn."
-    labels: Tensor     # (Y, X, A) int64: -1 ignored, 0 background, 1 + class
-    box_index: Tensor  # (Y, X, A) int64 row of the matched box; -1 unless positive
+    labels: Tensor     # (B, Y, X, A) int64: -1 ignored, 0 background, 1 + class
+    box_index: Tensor  # (B, Y, X, A) int64 row of the matched box in its frame; -1 unless positive
 
 @torch.no_grad()
 def assign(
-    anchors: Tensor,  # (Y, X, A, 7) lidar
+    anchors: Tensor,       # (Y, X, A, 7) lidar
     head: Head,
-    boxes: Tensor,    # (M, 7) lidar
-    labels: Tensor,   # (M,) int64 class
+    boxes: list[Tensor],   # B x (M, 7) lidar
+    labels: list[Tensor],  # B x (M,) int64 class
     upright: Tensor | None=None,  # (Y, X, A, 4) `nearest_bev` of the anchors, where it is known already
 ) -> Targets:
     "SECOND's assigner (section 3.3.2): nearest upright BEV IoU, a class at a time; every box gets its best anchors."
-    if len(boxes) != len(labels): raise ValueError(f"assign got {len(boxes)} boxes and {len(labels)} labels")
-    out = torch.zeros(anchors.shape[:-1], dtype=torch.int64, device=anchors.device)
-    index = torch.full_like(out, -1)
-    turns = len(head.rotations)
+    for b, l in zip(boxes, labels, strict=True):
+        if len(b) != len(l): raise ValueError(f"assign got {len(b)} boxes and {len(l)} labels")
+    counts = torch.tensor([len(b) for b in boxes], device=anchors.device)
+    out = torch.zeros(len(boxes), *anchors.shape[:-1], dtype=torch.int64, device=anchors.device)
+    index, turns = torch.full_like(out, -1), len(head.rotations)
     if upright is None: upright = nearest_bev(anchors.reshape(-1, 7)).view(*anchors.shape[:-1], 4)
-    for c in labels.unique().tolist():
-        mine, kinds = (labels == c).nonzero()[:, 0], slice(c*turns, (c + 1)*turns)
-        overlap = iou_upright(upright[..., kinds, :].reshape(-1, 4), nearest_bev(boxes[mine].to(anchors.dtype)))
-        best, which = overlap.max(1)
-        most = overlap.amax(0)
-        positive = (best >= head.positive[c]) | ((overlap == most) & (most > 0)).any(1)
-        label = torch.where(positive, c + 1, torch.where(best < head.negative[c], 0, -1))
-        out[..., kinds] = label.view(out[..., kinds].shape)
-        index[..., kinds] = torch.where(positive, mine[which], -1).view(out[..., kinds].shape)
+    kind, frame, flat = torch.cat(labels), torch.arange(len(boxes), device=anchors.device).repeat_interleave(counts), nearest_bev(torch.cat(boxes).to(anchors.dtype))
+    row = torch.arange(len(kind), device=anchors.device) - (counts.cumsum(0) - counts)[frame]
+    for c in kind.unique().tolist():
+        mine, kinds = (kind == c).nonzero()[:, 0], slice(c*turns, (c + 1)*turns)
+        here, at, many = frame[mine].unique(return_inverse=True, return_counts=True)     # frames with such boxes
+        overlap = iou_upright(upright[..., kinds, :].reshape(-1, 4), flat[mine]).T
+        most = overlap.amax(1, keepdim=True)
+        best, which = map(torch.stack, zip(*(o.max(0) for o in overlap.split(many.tolist()))))
+        positive, (m, n) = best >= head.positive[c], ((overlap == most) & (most > 0)).nonzero(as_tuple=True)
+        positive[at[m], n] = True
+        matched = row[mine[which + (many.cumsum(0) - many)[:, None]]]
+        shape = len(here), *anchors.shape[:2], turns
+        out[..., kinds][here] = torch.where(positive, c + 1, torch.where(best < head.negative[c], 0, -1)).view(shape)
+        index[..., kinds][here] = torch.where(positive, matched, -1).view(shape)
     return Targets(out, index)
 
 # %% ../../nbs/23_layers.anchors.ipynb #9c1f4ff6
@@ -81,10 +87,10 @@ class HeadMaps:
     dir: Tensor  # (B, A*2, Y, X) logits of the direction bins
 
     def flat(self) -> tuple[Tensor, Tensor, Tensor]: # (B, N, C), (B, N, 7), (B, N, 2); N = Y*X*A
-        "One row an anchor, in the order of `make_anchors`, float32."
+        "One row an anchor, in the order of `make_anchors`; the class logits in float32."
         B, channels, Y, X = self.box.shape
-        rows = lambda t: t.permute(0, 2, 3, 1).reshape(B, Y*X*(channels//7), -1).float()
-        return rows(self.cls), rows(self.box), rows(self.dir)
+        rows = lambda t: t.permute(0, 2, 3, 1).reshape(B, Y*X*(channels//7), -1)
+        return rows(self.cls).float(), rows(self.box), rows(self.dir)
 
 class AnchorHead(nn.Module):
     "SECOND's single head, shared by teacher and student (section 4.2)."
@@ -108,7 +114,7 @@ def decode_with_direction(
     head: Head,
 ) -> Tensor:             # (..., 7) lidar; heading in [offset, offset + 2 pi)
     "Boxes whose heading lies in the half circle that the direction bin names (SECOND section 3.2.2)."
-    boxes = decode(codes, anchors)
+    boxes = decode(codes.to(anchors.dtype), anchors)
     half = 2*math.pi/directions.shape[-1]
     turn = wrap(boxes[..., 6:] - head.direction_offset, half, 0) + head.direction_offset
     return torch.cat([boxes[..., :6], turn + half*directions.argmax(-1, keepdim=True)], -1)
@@ -195,20 +201,21 @@ def detection_loss(
     weights = scores if quality else [torch.ones_like(s) for s in scores]
     if losses.normalise not in ("positives", "sum"): raise ValueError(f"losses.normalise must be 'positives' or 'sum', got {losses.normalise!r}")
     if upright is None: upright = nearest_bev(flat_anchors).view(*anchors.shape[:-1], 4)
-    found = [assign(anchors, head, b, l, upright) for b, l in zip(boxes, labels, strict=True)]
-    label = torch.stack([t.labels.flatten() for t in found])
+    found = assign(anchors, head, boxes, labels, upright)
+    label = found.labels.flatten(1)
     b, n = (label > 0).nonzero(as_tuple=True)                      # frame and anchor of each positive
     first = torch.tensor([0] + [len(x) for x in boxes[:-1]], device=cls.device).cumsum(0)
-    match = torch.stack([t.box_index.flatten() for t in found])[b, n] + first[b]
+    match = found.box_index.flatten(1)[b, n] + first[b]
     box, s, positives = torch.cat(boxes)[match], torch.cat(weights)[match], (label > 0).sum(1)
     share = s/positives[b]/B
-    code = smooth_l1(*sine_difference(codes[b, n], encode(box, flat_anchors[n])), losses.beta).sum(1)
-    front = direction_loss(directions[b, n], direction_targets(box[:, 6], head.direction_offset))
+    code_here, turn_here = codes[b, n].float(), directions[b, n]
+    code = smooth_l1(*sine_difference(code_here, encode(box, flat_anchors[n])), losses.beta).sum(1)
+    front = direction_loss(turn_here, direction_targets(box[:, 6], head.direction_offset))
     with torch.no_grad():
         if losses.targets != "all":
             y, w, touching = torch.zeros_like(cls), (label >= 0).float(), positives
             y[b, n, label[b, n] - 1] = torch.cat(scores)[match] if losses.targets == "label" else iou_3d(
-                decode_with_direction(codes[b, n], directions[b, n], flat_anchors[n], head), box, paired=True)
+                decode_with_direction(code_here, turn_here, flat_anchors[n], head), box, paired=True)
             w[b, n] = s
         else: y, w, touching = quality_targets(decode_boxes(maps, anchors, head), cls.shape, boxes, labels, weights)
     score = (quality_focal_loss(cls, y, losses.gamma).sum(-1)*w).sum(1)/touching.clamp_min(1)
@@ -233,6 +240,6 @@ def dense_response_loss(
         share = (said[b, n] if quality else torch.ones_like(said[b, n]))/(said > score).sum(1)[b]/len(goal)
     qfl = (quality_focal_loss(cls, goal, losses.gamma).sum(1)/(goal > score).sum(1).clamp_min(1)).sum(1)
     qfl = qfl.sum() if losses.normalise == "sum" else qfl.mean()
-    code = smooth_l1(*sine_difference(codes[b, n], goal_codes[b, n]), losses.beta).sum(1)
+    code = smooth_l1(*sine_difference(codes[b, n].float(), goal_codes[b, n].float()), losses.beta).sum(1)
     front = direction_loss(directions[b, n], goal_directions[b, n].argmax(-1))
     return DetectionLosses(losses.cls*qfl, losses.box*(code*share).sum(), losses.direction*(front*share).sum())

@@ -45,8 +45,8 @@ class ImageBackbone(nn.Module):
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]: # (B, 3, H, W) in [0, 1], (B, 2) true sizes
         "(B, C, h, w) for the lift, (B, C', h', w') for the depth head."
-        x = (images - self.mean)/self.std
-        return tuple(self.net(x*inside(sizes, x)))
+        x = (images - self.mean).div_(self.std)
+        return tuple(self.net(x.mul_(inside(sizes, x))))
 
 def inside(sizes: Tensor, x: Tensor) -> Tensor: # (B, 2), (B, C, H, W) -> (B, 1, H, W)
     "1 on the true picture, 0 on its padding."
@@ -77,9 +77,9 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "(B, cin, h, w) -> (B, cout, h, w)."
-        seen = [c(x) for c in self.convs]
-        seen[-1] = seen[-1].expand_as(seen[0])
-        return self.project(torch.cat(seen, 1))
+        *convs, pool = self.convs
+        everywhere, seen = pool(x), [c(x) for c in convs]
+        return self.project(torch.cat([*seen, torch.zeros_like(seen[0]) + everywhere], 1))     # laid out in memory as the others
 
 # %% ../../nbs/24_layers.image.ipynb #4bdbbd45
 @dataclass
@@ -91,7 +91,7 @@ class ImageMaps:
     @property
     def depth(self) -> Tensor: # (B, D, h, w) probabilities; what they lack to 1 is 'outside'
         "The depth distribution (softmax over D + 1, the last dropped)."
-        return self.logits.float().softmax(1)[:, :-1]
+        return self.logits.permute(0, 2, 3, 1).float().softmax(-1)[..., :-1].permute(0, 3, 1, 2)
 
 class ImageBranch(nn.Module):
     "Picture to reduced features and depth logits (CaDDN; CMKD section 3.2)."
