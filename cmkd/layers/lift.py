@@ -126,18 +126,16 @@ class _Lift(torch.autograd.Function):
         return (chance.index_select(0, slab.place)*slab.lower).addcmul_(chance[1:].index_select(0, slab.place), slab.upper)
 
     @staticmethod
-    def rows(slab: Slab, near: Tensor, weight: Tensor) -> Tensor: # near (R, C) -> (R, O)
-        return torch.cat([n @ weight[z] for z, n in zip(slab.heights, near.split(slab.sizes))])
-
-    @staticmethod
     def forward(ctx, features, chance, weight, seen: Rays):
-        ctx.save_for_backward(features, chance, weight); ctx.seen, ctx.shares, bev = seen, [], None
+        ctx.save_for_backward(features, chance, weight); ctx.seen, ctx.kept, bev = seen, [], None
         for slab in seen.slabs:
             share = _Lift.share(slab, chance)
-            part = gather(_Lift.rows(slab, features.index_select(0, slab.pixel), weight), slab.row, slab.columns, share)
+            near = features.index_select(0, slab.pixel).split(slab.sizes)
+            rows = torch.cat([n @ weight[z] for z, n in zip(slab.heights, near)])
+            part = gather(rows, slab.row, slab.columns, share)
             bev = part if bev is None else bev.add_(part)
-            if any(ctx.needs_input_grad): ctx.shares.append(share)
-            del share, part                                   # before the next slab's are made
+            if any(ctx.needs_input_grad): ctx.kept.append((share, rows))
+            del share, near, rows, part                           # before the next slab's are made
         return bev
 
     @staticmethod
@@ -146,16 +144,15 @@ class _Lift(torch.autograd.Function):
         features, chance, weight = ctx.saved_tensors
         grad = grad.contiguous()
         to_features, to_chance, to_weight = torch.zeros_like(features), torch.zeros_like(chance), torch.zeros_like(weight)
-        for slab, share in zip(ctx.seen.slabs, ctx.shares):
-            near = features.index_select(0, slab.pixel)
-            rows = _Lift.rows(slab, near, weight)
+        for slab, (share, rows) in zip(ctx.seen.slabs, ctx.kept):
+            near = features.index_select(0, slab.pixel).split(slab.sizes)
             wanted = torch.sparse_csr_tensor(slab.columns, slab.row, share, (len(grad), len(rows)), check_invariants=False)
             to_share = torch.sparse.sampled_addmm(wanted, grad, rows.T, beta=0.).values()
             to_chance.index_add_(0, slab.place, to_share*slab.lower)
             to_chance[1:].index_add_(0, slab.place, to_share*slab.upper)
             to_rows = gather(grad, slab.source, slab.rows, share.index_select(0, slab.order)).split(slab.sizes)
             to_features += gather(torch.cat([r @ weight[z].T for z, r in zip(slab.heights, to_rows)]), slab.back, slab.pixels)
-            for z, n, r in zip(slab.heights, near.split(slab.sizes), to_rows): torch.mm(n.T, r, out=to_weight[z])
+            for z, n, r in zip(slab.heights, near, to_rows): torch.mm(n.T, r, out=to_weight[z])
         return to_features, to_chance, to_weight, None
 
 def lift(
