@@ -288,6 +288,7 @@ def bench(args: Namespace) -> None:
     from cmkd.evaluate.speed import bench_labels, evaluator
     from cmkd.ledger.runs import hardware, versions
     torch.set_num_threads(1)
+    if args.before and args.name != "row": raise ValueError("--before COMMIT goes with cmkd bench row")
     if (args.labels or args.ids) and args.name != "evaluate" or args.ids and not args.labels: raise ValueError("--labels DIR goes with cmkd bench evaluate, and --ids FILE with --labels")
     if args.name == "evaluate":
         ids = Path(args.ids).read_text().split() if args.ids else None
@@ -297,7 +298,8 @@ def bench(args: Namespace) -> None:
         if files and not named: raise ValueError(f"--ids {args.ids}: none of these frames has a label file in {args.labels}")
         labels = [read_label(p) for p in named] if named else bench_labels()
         found = evaluator(labels, args.repeats)
-    elif args.name in ("row", "precision", "memory"): found = dict(row=row_bench, precision=precision_bench, memory=memory_bench)[args.name](*published(args.name))
+    elif args.name == "row": found = row_bench(*published(args.name), before=args.before)
+    elif args.name in ("precision", "memory"): found = dict(precision=precision_bench, memory=memory_bench)[args.name](*published(args.name))
     else: found = dict(lift=lift_bench, student=student_bench, step=step_bench, backbones=backbones_bench)[args.name](args.repeats)
     machine = hardware()
     found = found.assign(cpu=machine["cpu"], threads=1, torch=versions()["torch"])
@@ -312,6 +314,7 @@ def add_bench(sub) -> None:
     p.add_argument("--repeats", type=int, default=3, metavar="N", help="runs that count, after one that does not (default: 3)")
     p.add_argument("--labels", metavar="DIR", help="for evaluate: label files to make detections from (default: made-up streets)")
     p.add_argument("--ids", metavar="FILE", help="for evaluate: only these frames, one id a line (e.g. ImageSets/val.txt)")
+    p.add_argument("--before", default="", metavar="COMMIT", help="for row: the same fits with the code of this commit, too")
     p.set_defaults(run=bench)
 
 # %% ../nbs/65_cli.ipynb #6c14e057

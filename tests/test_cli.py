@@ -40,6 +40,7 @@ def test_every_command_is_known_here():
     (("train", "--scale", "full"), "--scale full is for real data: add --data PATH"),
     (("export", "--weights", "/nowhere", "--onnx", "/tmp/x.onnx"), "no finished run and no converted checkpoint"),
     (("bench", "evaluate", "--labels", "/nowhere"), "/nowhere: no label files there"),
+    (("bench", "lift", "--before", "efb61ce"), "--before COMMIT goes with cmkd bench row"),
     (("train", "--set", "distil.quality=false"), "no field 'distil.quality'"),
     (("train", "--set", "seed=x"), "not a"),
     (("train", "--scale", "full"), "--data"),
