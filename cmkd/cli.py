@@ -302,10 +302,12 @@ def bench(args: Namespace) -> None:
     elif args.name in ("precision", "memory"): found = dict(precision=precision_bench, memory=memory_bench)[args.name](*published(args.name))
     else: found = dict(lift=lift_bench, student=student_bench, step=step_bench, backbones=backbones_bench)[args.name](args.repeats)
     machine = hardware()
-    found = found.assign(cpu=machine["cpu"], threads=1, torch=versions()["torch"])
+    asked = dict(repeats=args.repeats if args.repeats != 3 else "", labels=args.labels and Path(args.labels).name, ids=args.ids and Path(args.ids).name, before=args.before)
+    command = " ".join(["cmkd bench", args.name, *(f"--{k} {v}" for k, v in asked.items() if v)])
+    found = found.assign(cpu=machine["cpu"], threads=1, torch=versions()["torch"], command=command)
     path = root()/"results"/"bench"/f"{args.name}.csv"
     with atomic(path) as temp: found.to_csv(temp, index=False, float_format="%.4g")
-    print(found.drop(columns=["cpu", "threads", "torch"]).to_string(index=False, float_format="%.3g"))
+    print(found.drop(columns=["cpu", "threads", "torch", "command"]).to_string(index=False, float_format="%.3g"))
     print(f"one thread of {machine['cpu']}, torch {versions()['torch']}: {path}")
 
 def add_bench(sub) -> None:

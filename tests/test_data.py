@@ -116,7 +116,7 @@ def test_a_frame_with_image_round_trips(small, shared, tmp_path):
 @pytest.mark.parametrize("hurt, says", [
     (lambda r: (r/"training/label_2/000000.txt").write_text("Car 0 0 0\n"), "000000.txt line 1: 4 columns"),
     (lambda r: (r/"training/label_2/000000.txt").write_text("Car 0 0 inf 1 2 3 4 1 1 1 1 1 1 1\n"), "alpha is inf"),
-    (lambda r: (r/"training/label_2/000000.txt").write_text("Car 0 0 x 1 2 3 4 1 1 1 1 1 1 1\n"), "not a number"),
+    (lambda r: (r/"training/label_2/000000.txt").write_text("Car 0 0 0 1 2 3 4 1 1 1 1 1 1 1\nCar 0 0 x 1 2 3 4 1 1 1 1 1 1 1\n"), "000000.txt line 2: alpha is .x., not a number"),
     (lambda r: (r/"training/label_2/000000.txt").write_bytes(b"\xff\xfe\x00Car"), "not a text file"),
     (lambda r: (r/"training/calib/000000.txt").write_text("P2: 1 2 3\n"), "P2 has 3 numbers"),
     (lambda r: (r/"training/calib/000000.txt").unlink(), "000000.txt: no such file"),

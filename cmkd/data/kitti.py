@@ -52,6 +52,11 @@ def _text(path) -> str:
     except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file; copy it from the data set, or leave its id out of the split") from None
     except UnicodeDecodeError: raise ValueError(f"{path}: this is not a text file; copy it again") from None
 
+def _is_number(text: str) -> bool:
+    try: float(text)
+    except ValueError: return False
+    return True
+
 def read_label(path) -> Objects:
     "A label file (15 columns) or a detection file (16): KITTI devkit readme."
     rows = [(n, line.split()) for n, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
@@ -62,7 +67,9 @@ def read_label(path) -> Objects:
         if len(row) != width:
             raise ValueError(f"{path} line {n}: {len(row)} columns where line {rows[0][0]} has {width}; a file is all labels or all detections")
     try: values = np.array([row[1:] for _, row in rows], np.float64).reshape(-1, width - 1)
-    except ValueError as e: raise ValueError(f"{path}: a column after the first is not a number ({e}); copy the file again") from None
+    except ValueError:
+        n, name, text = next((n, c, v) for n, row in rows for c, v in zip(COLUMNS, row[1:]) if not _is_number(v))
+        raise ValueError(f"{path} line {n}: {name} is {text!r}, not a number; copy the file again") from None
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         i, j = bad[0]
