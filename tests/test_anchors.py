@@ -302,6 +302,10 @@ def test_head_keys_and_bf16():
     half = HeadMaps(maps.cls.bfloat16(), maps.box.bfloat16(), maps.dir.bfloat16())
     loss = detection_loss(half, anchors, head, Losses(), boxes, labels)
     assert loss.cls.dtype == loss.box.dtype == torch.float32
+    again = HeadMaps(half.cls.float(), half.box.float(), half.dir.float())             # the same numbers: what follows the head counts in float32
+    want = detection_loss(again, anchors, head, Losses(), boxes, labels)
+    assert all(torch.equal(getattr(loss, k), getattr(want, k)) for k in ("cls", "box", "direction"))
+    assert torch.equal(decode_boxes(half, anchors, head), decode_boxes(again, anchors, head))
 
 
 def test_an_overlap_at_the_threshold():

@@ -1,4 +1,5 @@
 "Edges that a broken sign or a wrong inequality would move: found by changing the code and seeing that no test noticed."
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -38,6 +39,25 @@ def test_chances_are_chances():
     s = turned_car(); moved = lambda f, p: sum(not torch.equal(f(s, rng(i), flip=p).points, s.points) for i in range(200))
     for f in (augment.student, partial(augment.teacher, rotation=0., scaling=0.)):
         assert moved(f, 0.) == 0 and moved(f, 1.) == 200 and 20 < moved(f, .2) < 65
+
+
+def test_pictures_of_two_sizes():
+    "The smaller one stands in the upper left corner; zeros fill the rest."
+    big = turned_car(); H, W = big.size
+    small = replace(big, image=big.image[:, :H//2, :W//3] | 1, depth=big.depth[:H//2, :W//3] + 1)
+    batch = collate([small, big])
+    assert batch.sizes.tolist() == [[H//2, W//3], [H, W]] and torch.equal(batch.images[1], big.image/255) and torch.equal(batch.depth[1], big.depth)
+    assert torch.allclose(batch.images[0, :, :H//2, :W//3], small.image/255) and torch.equal(batch.depth[0, :H//2, :W//3], small.depth)
+    assert (batch.images[0].sum(0) > 0).sum() == (batch.depth[0] > 0).sum() == (H//2)*(W//3)
+
+
+def test_light_changes_little_and_keeps_the_order():
+    "No strength, no change; with some, dark stays dark, and a brighter pixel stays no darker than another."
+    image = torch.arange(256, dtype=torch.uint8).repeat(3, 1)[:, None]
+    assert torch.equal(augment.relight(image, rng(0), 0.), image)
+    for seed in range(5):
+        lit = augment.relight(image, rng(seed), .2).int()
+        assert (lit.diff(dim=2) >= 0).all() and (lit - image.int()).abs().max() < 100 and lit.max() > 150
 
 
 def test_white_is_one():
