@@ -108,7 +108,7 @@ class Batch:
     ids: list[str]
     images: Tensor              # (B, 3, H, W) float32 in [0, 1], zero beyond the true size
     sizes: Tensor               # (B, 2) int64 true height and width, px
-    points: Tensor              # (N, 5) batch index, x y z reflectance, lidar frame, m
+    points: Tensor              # (N, 5) batch index, x y z reflectance, lidar frame, m; frame after frame
     lidar_to_cam: Tensor        # (B, 4, 4)
     P2: Tensor                  # (B, 3, 4) of the picture as it is here (after any resize)
     depth: Tensor               # (B, H, W) projected LiDAR depth, m; 0 where no point fell

@@ -159,7 +159,7 @@ def prepare(
 def collate(samples: list[Sample]) -> Batch:
     "Samples as one `Batch`; `boxes` and `labels` are None if any frame is unlabelled."
     H, W = (max(s.size[k] for s in samples) for k in (0, 1))
-    padded = lambda t: torch.nn.functional.pad(t, (0, W - t.shape[-1], 0, H - t.shape[-2]))
+    padded = lambda t: t if t.shape[-2:] == (H, W) else torch.nn.functional.pad(t, (0, W - t.shape[-1], 0, H - t.shape[-2]))
     images, depth = torch.stack([padded(s.image)*(1/255) for s in samples]), torch.stack([padded(s.depth) for s in samples])
     points = torch.cat([torch.nn.functional.pad(s.points, (1, 0), value=i) for i, s in enumerate(samples)])
     labelled = all(s.boxes is not None for s in samples)
