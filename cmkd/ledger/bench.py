@@ -64,6 +64,7 @@ def row_parts(cfg: Config, data: Path, teacher: Path, depth: Path | None, store:
             if done == steps: break
     return spent
 
+# %% ../../nbs/62_ledger.bench.ipynb #a7988171
 def code_of(commit: str, folder: Path) -> Path:
     "The project as it was at `commit`, in `folder`."
     try:
@@ -97,6 +98,7 @@ def whole_fit(code: Path, cfg: Config, data: Path, teacher: Path, depth: Path | 
     spent, peak = json.loads(done.stdout.splitlines()[-1])
     return dict(n=1, cpu_median=spent, cpu_least=spent, cpu_most=spent, peak_mb=peak)
 
+# %% ../../nbs/62_ledger.bench.ipynb #ea91b104
 def row_bench(cfg: Config, data: Path, teacher: Path, depth: Path | None=None, steps: int=0, before: str="") -> DataFrame:
     "A student's row, part by part, and as whole fits with unlabelled frames and without: its teacher's first student, and the next; the code of commit `before` stands beside them."
     rows = []
