@@ -74,7 +74,7 @@ def code_of(commit: str, folder: Path) -> Path:
     return folder
 
 FIT = """
-import inspect, json, resource, sys, tempfile, time
+import json, resource, sys, tempfile, time
 from pathlib import Path
 from cmkd.config import recipe
 from cmkd.train import stages

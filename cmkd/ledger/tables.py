@@ -113,9 +113,9 @@ def differences(
     **number,                       # which AP: cls, metric, recall, iou, difficulty
 ) -> DataFrame:
     "Row minus row, seed by seed: mean, 95 % interval and whether it is *seen*; NaN where fewer than two seeds are shared."
-    value, out = {row: {r.record["seed"]: r.ap(**number) for r in several} for row, several in runs.items()}, []
+    value, out = {row: pd.Series({r.record["seed"]: r.ap(**number) for r in several}, dtype=float) for row, several in runs.items()}, []
     for row, other in pairs:
-        d = pd.Series([value[row][s] - value[other][s] for s in value[row] if s in value[other]], dtype=float)
+        d = (value[row] - value[other]).dropna()                  # what both have
         half = T975[min(len(d) - 1, len(T975)) - 1]*d.std()/len(d)**.5 if len(d) > 1 else float("nan")
         mean = d.mean()
         out.append({"row": row, "against": other, "seeds": len(d), "Δ": mean, "low": mean - half, "high": mean + half,
