@@ -115,9 +115,9 @@ def rays(
 # %% ../../nbs/25_layers.lift.ipynb #167c4f77
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
-def gather(rows: Tensor, index: Tensor, starts: Tensor, weights: Tensor | None=None) -> Tensor: # (R, C) -> (len(starts) - 1, C)
+def gather(rows: Tensor, index: Tensor, begins: Tensor, weights: Tensor | None=None) -> Tensor: # (R, C) -> (len(begins) - 1, C)
     "Weighted sums of rows: one for each stretch of `index`."
-    return F.embedding_bag(index, rows, starts, per_sample_weights=weights, mode="sum", include_last_offset=True)
+    return F.embedding_bag(index, rows, begins, per_sample_weights=weights, mode="sum", include_last_offset=True)
 
 class _Lift(torch.autograd.Function):
     "One frame: features (h*w, C), chance (h*w*(D + 2),) with an empty bin at either end, weight (Z, C, O) -> (Y*X, O)."

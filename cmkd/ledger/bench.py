@@ -98,20 +98,20 @@ def whole_fit(code: Path, cfg: Config, data: Path, teacher: Path, depth: Path | 
     spent, peak = json.loads(done.stdout.splitlines()[-1])
     return dict(n=1, cpu_median=spent, cpu_least=spent, cpu_most=spent, peak_mb=peak)
 
-# %% ../../nbs/62_ledger.bench.ipynb #ea91b104
-def row_bench(cfg: Config, data: Path, teacher: Path, depth: Path | None=None, steps: int=0, before: str="") -> DataFrame:
+# %% ../../nbs/62_ledger.bench.ipynb #467eca6a
+def row_bench(cfg: Config, data: Path, teacher: Path, depth: Path | None=None, before: str="") -> DataFrame:
     "A student's row, part by part, and as whole fits with unlabelled frames and without: its teacher's first student, and the next; the code of commit `before` stands beside them."
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        old = before and code_of(before, Path(folder)/"before")       # first, lest a wrong name cost an hour
         for variant in ("first student", "next student"):
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool: spent = pool.submit(row_parts, cfg, data, teacher, depth, Path(folder)/"taps.sqlite", steps).result()
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool: spent = pool.submit(row_parts, cfg, data, teacher, depth, Path(folder)/"taps.sqlite").result()
             total = sum(spent.values())
             rows += [bench_row(f"a student's row, {part}", variant, dict(n=1, cpu_median=s, cpu_least=s, cpu_most=s, peak_mb=None), f"{s/total:.0%}") for part, s in (spent | {"all": total}).items()]
-    for name, row in (("with unlabelled frames", cfg), ("without", cfg.override("data.unlabelled="))):
-        with tempfile.TemporaryDirectory() as folder:
-            fit = lambda code, store=None: whole_fit(code, row.override(f"full_stage.steps={steps}") if steps else row, data, teacher, depth, store)
-            costs = {f"code of {before}": fit(code_of(before, Path(folder)/"before"))} if before else {}
-            rows += against(f"whole fit, row {name}", costs | {variant: fit(root(), Path(folder)/"taps.sqlite") for variant in ("first student", "next student")})
+        for k, (name, row) in enumerate((("with unlabelled frames", cfg), ("without", cfg.override("data.unlabelled=")))):
+            fit = lambda code, store=None: whole_fit(code, row, data, teacher, depth, store)
+            costs = {f"code of {before}": fit(old)} if old else {}
+            rows += against(f"whole fit, row {name}", costs | {variant: fit(root(), Path(folder)/f"whole{k}.sqlite") for variant in ("first student", "next student")})
     return DataFrame(rows)
 
 # %% ../../nbs/62_ledger.bench.ipynb #4ca1818a
