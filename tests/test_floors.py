@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
-LIBRARY = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
+LIBRARY = sorted(NBS.glob("[0-9]_*/[0-9][0-9]_*.ipynb"))
 TABLES = sorted((NBS/"tables").glob("*.ipynb"))
 LESSONS = sorted((NBS/"learn").glob("*.ipynb"))
 
@@ -25,7 +25,12 @@ def module(path: Path) -> str:
     return "cmkd." + re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(code(path)), re.M)[1]
 
 
-FLOOR = {module(p): int(p.name[:2]) for p in LIBRARY}
+def floor(path: Path) -> tuple[str, int]:
+    "A notebook's folder and its number within: the order of the house."
+    return path.parent.name, int(path.name[:2])
+
+
+FLOOR = {module(p): floor(p) for p in LIBRARY}
 
 
 def imports(sources: list[str]) -> set[str]:
@@ -39,9 +44,8 @@ def imports(sources: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
 def test_imports_come_from_lower_numbers(path):
-    mine = int(path.name[:2])
     for name in imports(code(path)) & set(FLOOR):
-        assert FLOOR[name] < mine or name == module(path), f"{path.name} imports {name} of floor {FLOOR[name]:02d}; move the code down or the notebook up"
+        assert FLOOR[name] < floor(path) or name == module(path), f"{path.name} imports {name} of {FLOOR[name]}; move the code down or the notebook up"
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
@@ -72,7 +76,7 @@ def test_exported_code_needs_no_workshop(path):
 ASKS = {"os.environ", "os.getenv", "os.getcwd", "Path.cwd", "time.time", "datetime.now", "datetime.utcnow"}
 
 
-@pytest.mark.parametrize("path", [p for p in LIBRARY if int(p.name[:2]) < 60], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in LIBRARY if p.parent.name < "6"], ids=lambda p: p.stem)
 def test_no_module_asks_the_world_on_its_own(path):
     "Environment, working directory and calendar are for the ledger; `core.root` is where the project's folder is found."
     seen = {ast.unparse(n) for s in code(path, exported=True) for n in ast.walk(ast.parse(s)) if isinstance(n, ast.Attribute)}
@@ -98,7 +102,11 @@ def test_lessons_do_not_train(path):
 
 
 def test_numbers_and_modules_are_unique():
-    assert len(FLOOR) == len(LIBRARY) and len({p.name[:2] for p in LIBRARY}) == len(LIBRARY)
+    assert len(FLOOR) == len(LIBRARY) and len({floor(p) for p in LIBRARY}) == len(LIBRARY)
+
+
+def test_a_number_begins_with_its_floor():
+    for path in LIBRARY: assert path.name[0] == path.parent.name[0], f"{path.parent.name}/{path.name}"
 
 
 def test_the_test_notices(tmp_path):

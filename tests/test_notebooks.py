@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-LIBRARY = [p for p in ALL if re.match(r"\d\d_", p.name) and p.parent == ROOT/"nbs"]
+LIBRARY = [p for p in ALL if re.match(r"\d_", p.parent.name)]
 BIN = Path(sys.executable).parent
 
 
@@ -86,7 +86,7 @@ def test_the_sync_test_notices(copy):
     nbdev(copy, "export"); nbdev(copy, "clean")
     good = tree(copy)
     (copy/"cmkd"/"core.py").write_text((copy/"cmkd"/"core.py").read_text() + "\n# by hand\n")
-    book = copy/"nbs"/"01_config.ipynb"; nb = json.loads(book.read_text())
+    book = copy/"nbs"/"0_ground"/"03_config.ipynb"; nb = json.loads(book.read_text())
     nb["cells"][1]["metadata"]["dirty"] = True
     book.write_text(json.dumps(nb))
     bad = tree(copy)
