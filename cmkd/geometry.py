@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['homogeneous', 'lidar_to_cam', 'cam_to_lidar', 'cam_to_img', 'lidar_to_img', 'img_to_cam', 'img_to_lidar', 'in_view',
-           'depth_map', 'scaled', 'Grid', 'DepthBins']
+           'depth_map', 'scaled', 'Grid', 'DepthBins', 'Space', 'lidar_grid', 'image_grid', 'bev_grid']
 
 # %% ../nbs/0_ground/04_geometry.ipynb #837840af
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import Calibration
+from .core import Pinhole
 
 # %% ../nbs/0_ground/04_geometry.ipynb #38418f10
 def homogeneous(xyz: np.ndarray) -> np.ndarray:
@@ -22,69 +22,69 @@ def homogeneous(xyz: np.ndarray) -> np.ndarray:
 
 def lidar_to_cam(
     xyz: np.ndarray,     # (N, 3) lidar, m
-    calib: Calibration,
-) -> np.ndarray:         # (N, 3) rectified cam, m
-    "x_cam = R0_rect Tr_velo_to_cam x_lidar (KITTI devkit)."
-    return homogeneous(xyz) @ calib.lidar_to_cam[:3].T
+    pinhole: Pinhole,
+) -> np.ndarray:         # (N, 3) cam, m
+    "One rigid motion; in KITTI's words x_cam = R0_rect Tr_velo_to_cam x_lidar."
+    return homogeneous(xyz) @ pinhole.lidar_to_cam[:3].T
 
 def cam_to_lidar(
-    xyz: np.ndarray,     # (N, 3) rectified cam, m
-    calib: Calibration,
+    xyz: np.ndarray,     # (N, 3) cam, m
+    pinhole: Pinhole,
 ) -> np.ndarray:         # (N, 3) lidar, m
     "The inverse of `lidar_to_cam`."
-    return homogeneous(xyz) @ np.linalg.inv(calib.lidar_to_cam)[:3].T
+    return homogeneous(xyz) @ np.linalg.inv(pinhole.lidar_to_cam)[:3].T
 
 def cam_to_img(
-    xyz: np.ndarray,     # (N, 3) rectified cam, m
-    calib: Calibration,
+    xyz: np.ndarray,     # (N, 3) cam, m
+    pinhole: Pinhole,
 ) -> tuple[np.ndarray, np.ndarray]: # (N, 2) u v in px, (N,) depth z_cam in m
-    "Pinhole projection by `P2`; points behind the camera keep their negative depth."
-    p = homogeneous(xyz) @ calib.P2.T
+    "Pinhole projection by `camera`; points behind the camera keep their negative depth."
+    p = homogeneous(xyz) @ pinhole.camera.T
     with np.errstate(divide="ignore", invalid="ignore"): uv = p[:, :2] / p[:, 2:]
     return uv, xyz[:, 2]
 
 def lidar_to_img(
     xyz: np.ndarray,     # (N, 3) lidar, m
-    calib: Calibration,
+    pinhole: Pinhole,
 ) -> tuple[np.ndarray, np.ndarray]: # (N, 2) u v in px, (N,) depth in m
     "`lidar_to_cam` then `cam_to_img`."
-    return cam_to_img(lidar_to_cam(xyz, calib), calib)
+    return cam_to_img(lidar_to_cam(xyz, pinhole), pinhole)
 
 def img_to_cam(
     uv: np.ndarray,      # (N, 2) px
     depth: np.ndarray,   # (N,) z_cam, m
-    calib: Calibration,
-) -> np.ndarray:         # (N, 3) rectified cam, m
-    "Back-projection: the point on the pixel's ray at that depth; exact for any upper triangular `P2` without skew."
-    (fu, _, cu, bu), (_, fv, cv, bv), (_, _, _, bw) = calib.P2
+    pinhole: Pinhole,
+) -> np.ndarray:         # (N, 3) cam, m
+    "Back-projection: the point on the pixel's ray at that depth; exact for any upper triangular `camera` without skew."
+    (fu, _, cu, bu), (_, fv, cv, bv), (_, _, _, bw) = pinhole.camera
     s = depth + bw
     return np.stack([(uv[:, 0]*s - cu*depth - bu)/fu, (uv[:, 1]*s - cv*depth - bv)/fv, depth], 1)
 
 def img_to_lidar(
     uv: np.ndarray,      # (N, 2) px
     depth: np.ndarray,   # (N,) z_cam, m
-    calib: Calibration,
+    pinhole: Pinhole,
 ) -> np.ndarray:         # (N, 3) lidar, m
     "`img_to_cam` then `cam_to_lidar`."
-    return cam_to_lidar(img_to_cam(uv, depth, calib), calib)
+    return cam_to_lidar(img_to_cam(uv, depth, pinhole), pinhole)
 
 # %% ../nbs/0_ground/04_geometry.ipynb #bc893d2f
 def in_view(
     xyz: np.ndarray,        # (N, 3) lidar, m
-    calib: Calibration,
+    pinhole: Pinhole,
     size: tuple[int, int],  # height, width of the picture, px
 ) -> np.ndarray:            # (N,) bool
     "True for points in front of the camera that fall inside the picture."
-    uv, depth = lidar_to_img(xyz, calib)
+    uv, depth = lidar_to_img(xyz, pinhole)
     return (depth > 0) & (uv[:, 0] >= 0) & (uv[:, 0] < size[1]) & (uv[:, 1] >= 0) & (uv[:, 1] < size[0])
 
 def depth_map(
     xyz: np.ndarray,        # (N, 3) lidar, m
-    calib: Calibration,
+    pinhole: Pinhole,
     size: tuple[int, int],  # height, width, px
 ) -> np.ndarray:            # (H, W) float32 depth of the nearest point in each pixel, m; 0 where none fell
     "Projected LiDAR depth, the target of depth pre-training (CMKD Eq. 7)."
-    uv, depth = lidar_to_img(xyz, calib)
+    uv, depth = lidar_to_img(xyz, pinhole)
     keep = (depth > 0) & (uv > -.5).all(1) & (uv[:, 0] < size[1] - .5) & (uv[:, 1] < size[0] - .5)
     u, v = np.round(uv[keep]).astype(int).T
     out = np.full(size, np.inf, np.float32)
@@ -92,13 +92,20 @@ def depth_map(
     return np.where(np.isinf(out), 0, out).astype(np.float32)
 
 # %% ../nbs/0_ground/04_geometry.ipynb #278a279f
-def scaled(calib: Calibration, scale: tuple[float, float]) -> Calibration:
-    "The rig after its picture was resized by `scale` = (vertical, horizontal); pixel centres at whole numbers."
+def scaled(
+    pinhole: Pinhole,
+    scale: tuple[float, float],  # vertical, horizontal: new size by old size
+) -> Pinhole:
+    "The camera after its picture was resized; pixel centres at whole numbers."
     sv, su = scale
     M = np.array([[su, 0, (su - 1)/2], [0, sv, (sv - 1)/2], [0, 0, 1]])
-    return Calibration(M @ calib.P2, calib.R0_rect, calib.Tr_velo_to_cam)
+    return Pinhole(M @ pinhole.camera, pinhole.lidar_to_cam)
 
 # %% ../nbs/0_ground/04_geometry.ipynb #cb395f68
+def _like(values, xyz): # xyz: array or tensor -> the same kind, dtype and device
+    "`values` as something that adds to `xyz`."
+    return torch.as_tensor(values, dtype=xyz.dtype, device=xyz.device) if isinstance(xyz, Tensor) else np.array(values)
+
 @dataclass(frozen=True)
 class Grid:
     "A box of space in the lidar frame cut into equal cells; all triples are x, y, z in metres."
@@ -107,29 +114,29 @@ class Grid:
     cell: tuple[float, float, float]
 
     def __post_init__(self):
-        for axis, lo, hi, c in zip("xyz", self.low, self.high, self.cell):
+        for axis, lo, hi, c in zip("xyz", self.low, self.high, self.cell, strict=True):
             n = (hi - lo)/c
             if n < .5 or abs(n - round(n)) > 1e-3*max(1, n):
                 raise ValueError(f"Grid: {axis} range {lo}..{hi} m is not a whole number of cells of {c} m")
 
     @property
     def shape(self) -> tuple[int, int, int]: # cells along z, y, x: the order of our tensors
-        return tuple(round((hi - lo)/c) for lo, hi, c in zip(self.low, self.high, self.cell))[::-1]
+        x, y, z = (round((hi - lo)/c) for lo, hi, c in zip(self.low, self.high, self.cell, strict=True))
+        return z, y, x
 
     def index(self, xyz): # (N, 3) m -> (N, 3) continuous x y z in cells; a cell's centre is i + 0.5
         "Metres to cells, for arrays or tensors."
-        to = (lambda v: torch.as_tensor(v, dtype=xyz.dtype, device=xyz.device)) if isinstance(xyz, Tensor) else np.array
-        return (xyz - to(self.low)) / to(self.cell)
+        return (xyz - _like(self.low, xyz)) / _like(self.cell, xyz)
 
     def inside(self, xyz): # (N, 3) m -> (N,) bool
         "True where low <= xyz < high on every axis."
-        to = (lambda v: torch.as_tensor(v, dtype=xyz.dtype, device=xyz.device)) if isinstance(xyz, Tensor) else np.array
-        return ((xyz >= to(self.low)) & (xyz < to(self.high))).all(1)
+        return ((xyz >= _like(self.low, xyz)) & (xyz < _like(self.high, xyz))).all(1)
 
     def centres(self) -> Tensor: # (Z, Y, X, 3) float64 x y z of every cell's centre, lidar frame, m
         "Where each cell is."
-        axes = [lo + (torch.arange(n, dtype=torch.float64) + .5)*c for lo, c, n in zip(self.low, self.cell, self.shape[::-1])]
-        z, y, x = torch.meshgrid(*axes[::-1], indexing="ij")
+        along = lambda lo, c, n: lo + (torch.arange(n, dtype=torch.float64) + .5)*c
+        x, y, z = map(along, self.low, self.cell, self.shape[::-1])
+        z, y, x = torch.meshgrid(z, y, x, indexing="ij")
         return torch.stack([x, y, z], -1)
 
     def with_cell(self, cell) -> "Grid":
@@ -163,3 +170,35 @@ class DepthBins:
         i = self.index(depth)
         outside = ~torch.isfinite(i) | (i < 0) | (i > self.count)
         return torch.where(outside, self.count, i).floor().long()
+
+# %% ../nbs/0_ground/04_geometry.ipynb #40c3ea9b
+@dataclass(frozen=True)
+class Space:
+    "The part of the lidar frame that is modelled, in metres, and its cells."
+    low: tuple[float, ...] = (2., -30.08, -3.)
+    high: tuple[float, ...] = (46.8, 30.08, 1.)
+    lidar_voxel: tuple[float, ...] = (.04, .04, .1)
+    image_voxel: tuple[float, ...] = (.16, .16, .16)
+    bev_cell: float = .32                     # cell of the BEV map that teacher and student share
+    depth: tuple[float, ...] = (2., 46.8)     # range of the depth bins
+    depth_bins: int = 80                      # D, LID
+    max_points: int = 5                       # points kept in one LiDAR voxel
+    max_voxels: int = 40000                   # voxels kept in one frame
+
+    def __post_init__(self):
+        for name, n in (("low", 3), ("high", 3), ("lidar_voxel", 3), ("image_voxel", 3), ("depth", 2)):
+            got = getattr(self, name)
+            if len(got) != n: raise ValueError(f"space.{name} takes {n} numbers, got {got}")
+
+# %% ../nbs/0_ground/04_geometry.ipynb #7d6ffbe2
+def lidar_grid(space: Space) -> Grid:
+    "LiDAR voxels."
+    return Grid(space.low, space.high, space.lidar_voxel)
+
+def image_grid(space: Space) -> Grid:
+    "Voxels that picture features are lifted into."
+    return Grid(space.low, space.high, space.image_voxel)
+
+def bev_grid(space: Space) -> Grid:
+    "BEV cells: one slab of the whole height."
+    return Grid(space.low, space.high, (space.bev_cell, space.bev_cell, space.high[2] - space.low[2]))

@@ -1,19 +1,23 @@
 "What a figure shows must be where geometry says."
+
 import numpy as np
-import pytest
 import plotly.graph_objects as go
 import plotly.io as pio
+import pytest
 
-from cmkd.core import Boxes, Calibration, Frame
+from cmkd.core import Boxes, Frame, Pinhole, View
 from cmkd.draw import COLOURS, MOST, clip_near, draw_3d, draw_bev, draw_frame, draw_image, draw_map, png_uri, save
 from cmkd.geometry import Grid
 
-RIG = Calibration([[100, 0, 160, 0], [0, 100, 48, 0], [0, 0, 1, 0]], np.eye(3), [[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0]])
+POSE = [[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
+RIG = Pinhole([[100, 0, 160, 0], [0, 100, 48, 0], [0, 0, 1, 0]], POSE)
 IMAGE = np.random.default_rng(0).integers(0, 255, (96, 320, 3), np.uint8)
-STREET = Grid((0., -16., -3.), (40., 16., 1.), (.8, .4, 4.))
+VIEW = View(RIG.camera, RIG.lidar_to_cam, IMAGE)
+STREET = Grid((0.0, -16.0, -3.0), (40.0, 16.0, 1.0), (0.8, 0.4, 4.0))
 
 
-def car(*box): return Boxes([box], ["Car"])
+def car(*box):
+    return Boxes([box], ["Car"])
 
 
 def ends(trace):
@@ -25,14 +29,18 @@ def test_box_straight_ahead_projects_where_geometry_says():
     lines = ends(draw_image(IMAGE, RIG, car(10, 0, 0, 4, 2, 1, 0)).data[0])
     assert lines.shape == (14, 2, 2)
     # rear face 8 m away: half width 1 m -> 12.5 px, half height .5 m -> 6.25 px; front face 12 m away
-    np.testing.assert_allclose([lines.reshape(-1, 2).min(0), lines.reshape(-1, 2).max(0)], [[147.5, 41.75], [172.5, 54.25]], atol=1e-4)
+    np.testing.assert_allclose(
+        [lines.reshape(-1, 2).min(0), lines.reshape(-1, 2).max(0)], [[147.5, 41.75], [172.5, 54.25]], atol=1e-4
+    )
     front = lines[12:].reshape(-1, 2)
-    np.testing.assert_allclose([front.min(0), front.max(0)], [[160 - 100/12, 48 - 50/12], [160 + 100/12, 48 + 50/12]], atol=1e-4)
+    np.testing.assert_allclose(
+        [front.min(0), front.max(0)], [[160 - 100 / 12, 48 - 50 / 12], [160 + 100 / 12, 48 + 50 / 12]], atol=1e-4
+    )
 
 
 def test_cross_follows_the_heading():
     lines = ends(draw_image(IMAGE, RIG, car(10, 0, 0, 4, 2, 1, np.pi)).data[0])
-    assert np.ptp(lines[12:].reshape(-1, 2)[:, 0]) == pytest.approx(25, abs=1e-4)   # the near face, 8 m away
+    assert np.ptp(lines[12:].reshape(-1, 2)[:, 0]) == pytest.approx(25, abs=1e-4)  # the near face, 8 m away
 
 
 def test_box_behind_draws_nothing():
@@ -40,54 +48,59 @@ def test_box_behind_draws_nothing():
     assert len(fig.data[0].x) == 0
 
 
-@pytest.mark.parametrize("x,y", [(0., 3.), (1., 0.), (.5, -2.)])
+@pytest.mark.parametrize("x,y", [(0.0, 3.0), (1.0, 0.0), (0.5, -2.0)])
 def test_box_across_the_image_plane_does_not_wrap(x, y):
     lines = ends(draw_image(IMAGE, RIG, car(x, y, -1, 4, 1, 1, 0)).data[0])
     assert 0 < len(lines) < 14
     assert np.isfinite(lines).all()
-    assert (lines[..., 1] >= 48).all()                       # the box lies below the camera: so does every line
-    if y > 1: assert (lines[..., 0] <= 160).all()            # and on its own side
-    if y < -1: assert (lines[..., 0] >= 160).all()
+    assert (lines[..., 1] >= 48).all()  # the box lies below the camera: so does every line
+    if y > 1:
+        assert (lines[..., 0] <= 160).all()  # and on its own side
+    if y < -1:
+        assert (lines[..., 0] >= 160).all()
 
 
 def test_clipping_keeps_lines_and_order():
     lines = np.random.default_rng(1).normal(size=(500, 2, 3))
-    cut = clip_near(lines, .1)
-    kept = lines[(lines[..., 2] >= .1).any(1)]
-    assert cut.shape == kept.shape and (cut[..., 2] >= .1 - 1e-12).all()
-    whole = (kept[..., 2] >= .1).all(1)
+    cut = clip_near(lines, 0.1)
+    kept = lines[(lines[..., 2] >= 0.1).any(1)]
+    assert cut.shape == kept.shape and (cut[..., 2] >= 0.1 - 1e-12).all()
+    whole = (kept[..., 2] >= 0.1).all(1)
     np.testing.assert_array_equal(cut[whole], kept[whole])
     cross = np.cross(cut - kept[:, :1], (kept[:, 1:] - kept[:, :1]))
-    assert np.abs(cross).max() < 1e-9                        # still on the same line
+    assert np.abs(cross).max() < 1e-9  # still on the same line
 
 
 def test_left_is_left_and_ahead_is_up():
-    for fig in (draw_bev(np.array([[10., 5., 0]]), grid=STREET), draw_map(np.zeros((80, 50)), STREET)):
+    for fig in (draw_bev(np.array([[10.0, 5.0, 0]]), grid=STREET), draw_map(np.zeros((80, 50)), STREET)):
         left, right = fig.layout.xaxis.range
         assert left == 16 and right == -16
         assert tuple(fig.layout.yaxis.range) == (0, 40)
         assert fig.layout.yaxis.scaleanchor == "x"
-    fig = draw_bev(np.array([[10., 5., 0]]))
+    fig = draw_bev(np.array([[10.0, 5.0, 0]]))
     assert fig.layout.xaxis.autorange == "reversed" and fig.data[0].x[0] == 5 and fig.data[0].y[0] == 10
 
 
 def test_heat_lies_on_its_cells():
-    heat = np.zeros(STREET.shape[1:]); heat[50, 10] = 1      # y = -16 + 50.5*.4, x = 10.5*.8
+    heat = np.zeros(STREET.shape[1:])
+    heat[50, 10] = 1  # y = -16 + 50.5*.4, x = 10.5*.8
     trace = draw_bev(grid=STREET, heat=heat).data[0]
     row, column = np.argwhere(trace.z == 1)[0]
-    assert trace.y0 + row*trace.dy == pytest.approx(8.4) and trace.x0 + column*trace.dx == pytest.approx(4.2)
-    with pytest.raises(ValueError, match="cells"): draw_bev(grid=STREET, heat=heat.T)
-    with pytest.raises(ValueError, match="grid"): draw_bev(heat=heat)
+    assert trace.y0 + row * trace.dy == pytest.approx(8.4) and trace.x0 + column * trace.dx == pytest.approx(4.2)
+    with pytest.raises(ValueError, match="cells"):
+        draw_bev(grid=STREET, heat=heat.T)
+    with pytest.raises(ValueError, match="grid"):
+        draw_bev(heat=heat)
 
 
 def test_points_on_the_picture():
-    fig = draw_image(IMAGE, RIG, points=np.array([[10., 1, 0], [10, 30, 0], [-10, 0, 0]]))
+    fig = draw_image(IMAGE, RIG, points=np.array([[10.0, 1, 0], [10, 30, 0], [-10, 0, 0]]))
     np.testing.assert_allclose([fig.data[0].x, fig.data[0].y, fig.data[0].marker.color], [[150], [48], [10]], atol=1e-5)
 
 
 def test_figures_stay_small_and_say_the_same_twice():
     points = np.random.default_rng(2).uniform(1, 40, (120000, 4)).astype(np.float32)
-    frame = Frame("a", IMAGE, points, RIG, car(10, 0, 0, 4, 2, 1, 0))
+    frame = Frame("a", (VIEW,), points, car(10, 0, 0, 4, 2, 1, 0))
     for make in (lambda: draw_bev(points), lambda: draw_3d(points), lambda: draw_frame(frame)):
         fig = make()
         assert sum(len(t.x) for t in fig.data if t.mode == "markers") <= MOST
@@ -96,19 +109,19 @@ def test_figures_stay_small_and_say_the_same_twice():
 
 
 def test_picture_is_png_and_pixels_are_centred():
-    fig = draw_image(IMAGE, scale=.5)
+    fig = draw_image(IMAGE, scale=0.5)
     picture = fig.layout.images[0]
     assert picture.source.startswith("data:image/png;base64,")
-    assert (picture.x, picture.y, picture.sizex, picture.sizey) == (-.5, -.5, 320, 96)
-    assert len(png_uri(IMAGE, .5)) < len(png_uri(IMAGE))/2
+    assert (picture.x, picture.y, picture.sizex, picture.sizey) == (-0.5, -0.5, 320, 96)
+    assert len(png_uri(IMAGE, 0.5)) < len(png_uri(IMAGE)) / 2
 
 
 def test_roles_have_their_colours_everywhere():
-    b, frame = car(10, 0, 0, 4, 2, 1, 0), Frame("a", IMAGE, np.zeros((1, 4), np.float32), RIG)
+    b, frame = car(10, 0, 0, 4, 2, 1, 0), Frame("a", (VIEW,), np.zeros((1, 4), np.float32))
     three = dict.fromkeys(COLOURS, b)
     for fig in (draw_image(IMAGE, RIG, three), draw_bev(boxes=three), draw_3d(boxes=three), draw_frame(frame, three)):
         assert {t.name: t.line.color for t in fig.data if t.mode == "lines"} == COLOURS
-    assert not [t for t in draw_frame(frame).data if t.mode == "lines" and t.name]   # unlabelled: no boxes, no error
+    assert not [t for t in draw_frame(frame).data if t.mode == "lines" and t.name]  # unlabelled: no boxes, no error
 
 
 def test_no_side_effect_on_other_figures():
@@ -118,7 +131,8 @@ def test_no_side_effect_on_other_figures():
 
 def test_saved_without_kaleido(tmp_path, monkeypatch):
     import sys
+
     monkeypatch.setitem(sys.modules, "kaleido", None)
-    out = save(draw_bev(np.zeros((3, 4))), tmp_path/"f07.5_x")
+    out = save(draw_bev(np.zeros((3, 4))), tmp_path / "f07.5_x")
     assert out.png is None and out.csv is None and "kaleido" in out.note
     assert [p.name for p in tmp_path.iterdir()] == ["f07.5_x.json"]

@@ -1,4 +1,4 @@
-"The notebooks as files: small, clean, and in step with the package."
+"The notebooks as files: small, clean, of one style, and in step with the package."
 import hashlib
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ALL = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 LIBRARY = [p for p in ALL if re.match(r"\d_", p.parent.name)]
+TABLES = [p for p in ALL if p.parent.name == "tables"]
 BIN = Path(sys.executable).parent
 
 
-def cells(path: Path, kind: str="code") -> list[dict]: return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+def cells(path: Path, kind: str="code") -> list[dict]:
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
 def source(cell: dict) -> str: return "".join(cell["source"])
 
 
@@ -24,7 +29,8 @@ def source(cell: dict) -> str: return "".join(cell["source"])
 def test_size(path):
     for c in cells(path):
         if re.search(r"^#\|\s*export", source(c), re.M):
-            assert source(c).count("\n") < 60, f"{path.name}: an export cell has over 60 lines, split it:\n{source(c)[:200]}"
+            told = f"{path.name}: an export cell has over 60 lines, split it:\n{source(c)[:200]}"
+            assert source(c).count("\n") < 60, told
     assert len(cells(path)) <= 60, f"{path.name} has {len(cells(path))} code cells, 60 is the most"
     assert path.stat().st_size <= 400e3, f"{path.name} is {path.stat().st_size/1e3:.0f} kB, 400 is the most"
 
@@ -43,10 +49,48 @@ def test_anatomy(path):
     "A title and one line on what it is; what you have and what you get."
     text = [source(c) for c in cells(path, "markdown")]
     assert re.match(r"# \S.*\n\n> \S", text[0]), f"{path.name} begins with '# title', an empty line, '> one line'"
-    assert "**You have**" in "\n".join(text) or "**You get**" in "\n".join(text), f"{path.name}: say what you have and what you get"
+    told = "\n".join(text)
+    assert "**You have**" in told or "**You get**" in told, f"{path.name}: say what you have and what you get"
 
 
-@pytest.mark.parametrize("path", [p for p in ALL if p.parent.name == "tables"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path, after", list(pairwise(LIBRARY)), ids=lambda p: p.stem)
+def test_the_last_line_leads_on(path, after):
+    "A reader who follows the last lines walks through the house in its order."
+    last = source(cells(path, "markdown")[-1])
+    links = [(path.parent/link).resolve() for link in re.findall(r"\]\(([^)]+)\)", last)]
+    assert after in links, f"{path.name} ends without a link to {after.name}, which comes next"
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+def test_links_lead_somewhere(path):
+    "A link to another notebook is a relative path to one that is there."
+    for text in map(source, cells(path, "markdown")):
+        for link in re.findall(r"\]\((?!http)([^)#]+\.ipynb)", text):
+            assert (path.parent/link).is_file(), f"{path.name} links to {link}, which is not there"
+
+
+def ruff(*words: str) -> subprocess.CompletedProcess:
+    ask = [BIN/"ruff", "check", "--no-cache", "--output-format=concise", "--config", ROOT/"pyproject.toml", *words]
+    return subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_style():
+    "120 columns, one statement a line, imports in order, no likely bug: `ruff check nbs tests`."
+    done = ruff("nbs", "tests")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("code, rule", [
+    ("a = 1; b = 2", "E702"), (f"a = '{'x'*120}'", "E501"), ("import sys\nimport os\nos, sys", "I001"),
+    ("a = nothing", "F821"), ("list(zip('a', 'b'))", "B905")])
+def test_the_style_test_notices(tmp_path, code, rule):
+    nb = dict(cells=[dict(cell_type="code", id="a", metadata={}, source=code, outputs=[], execution_count=None)],
+              metadata=dict(language_info=dict(name="python")), nbformat=4, nbformat_minor=5)
+    (tmp_path/"a.ipynb").write_text(json.dumps(nb))
+    assert rule in ruff(str(tmp_path)).stdout
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
 def test_table_parameters(path):
     "Exactly one cell is tagged; names and types can be read."
     from cmkd.ledger.notebooks import declared
@@ -54,52 +98,61 @@ def test_table_parameters(path):
 
 
 def tree(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for top in ("nbs", "cmkd") for p in sorted((folder/top).rglob("*"))
-            if p.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)}
+    every = [p for top in ("nbs", "cmkd") for p in sorted((folder/top).rglob("*")) if p.is_file()]
+    kept = [p for p in every if not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
     "The notebooks and the package, where a test may change them."
-    to = tmp_path_factory.mktemp("copy")
-    for name in ("nbs", "cmkd"): shutil.copytree(ROOT/name, to/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    to, left = tmp_path_factory.mktemp("copy"), shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for name in ("nbs", "cmkd"): shutil.copytree(ROOT/name, to/name, ignore=left)
     for name in ("settings.ini", "pyproject.toml", "README.md"): shutil.copy(ROOT/name, to/name)
     return to
 
 
 def nbdev(folder: Path, command: str) -> None:
-    done = subprocess.run([BIN/f"nbdev_{command}"], cwd=folder, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(folder)))
+    env = os.environ | dict(PYTHONPATH=str(folder))
+    done = subprocess.run([BIN/f"nbdev_{command}"], cwd=folder, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
 
 
 def test_notebooks_and_package_in_step(copy):
     "nbdev_export and nbdev_clean change nothing."
     before = tree(ROOT)
-    nbdev(copy, "export"); nbdev(copy, "clean")
+    nbdev(copy, "export")
+    nbdev(copy, "clean")
     after = tree(copy)
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     assert not changed, f"run nbdev_export && nbdev_clean: {changed}"
 
 
 def test_the_sync_test_notices(copy):
-    "A hand-edited module, a notebook that was not exported and dirty metadata are each put right by the two commands, so the test above sees them."
-    nbdev(copy, "export"); nbdev(copy, "clean")
-    good = tree(copy)
-    (copy/"cmkd"/"core.py").write_text((copy/"cmkd"/"core.py").read_text() + "\n# by hand\n")
-    book = copy/"nbs"/"0_ground"/"03_config.ipynb"; nb = json.loads(book.read_text())
+    "A hand-edited module, a notebook that was not exported, dirty metadata: the two commands put each of them right."
+    nbdev(copy, "export")
+    nbdev(copy, "clean")
+    good, module, book = tree(copy), copy/"cmkd"/"core.py", copy/"nbs"/"0_ground"/"03_config.ipynb"
+    module.write_text(module.read_text() + "\n# by hand\n")
+    nb = json.loads(book.read_text())
     nb["cells"][1]["metadata"]["dirty"] = True
     book.write_text(json.dumps(nb))
     bad = tree(copy)
-    nbdev(copy, "export"); nbdev(copy, "clean")
+    nbdev(copy, "export")
+    nbdev(copy, "clean")
     assert bad != good and tree(copy) == good
 
 
-def test_the_parameters_tag_survives_cleaning(tmp_path, copy):
-    nb = dict(cells=[dict(cell_type="code", id="a", metadata=dict(tags=["parameters"], other=1), source="scale = 'smoke'", outputs=[], execution_count=3)],
-              metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")), nbformat=4, nbformat_minor=5)
-    path = copy/"nbs"/"zz_tagged.ipynb"; path.write_text(json.dumps(nb))
+def test_the_parameters_tag_survives_cleaning(copy):
+    tagged = dict(cell_type="code", id="a", metadata=dict(tags=["parameters"], other=1), source="scale = 'smoke'",
+                  outputs=[], execution_count=3)
+    kernel = dict(name="python3", display_name="python3", language="python")
+    nb = dict(cells=[tagged], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
+    path = copy/"nbs"/"zz_tagged.ipynb"
+    path.write_text(json.dumps(nb))
     nbdev(copy, "clean")
-    kept = cells(path)[0]; path.unlink()
+    kept = cells(path)[0]
+    path.unlink()
     assert kept["metadata"] == dict(tags=["parameters"]) and kept["execution_count"] is None
 
 

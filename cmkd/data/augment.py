@@ -17,12 +17,12 @@ from .dataset import Sample
 # %% ../../nbs/1_data/13_data.augment.ipynb #135daf6f
 def mirror_matrix(
     lidar_to_cam: Tensor,  # (4, 4) float64
-    P2: Tensor,            # (3, 4) float64, upper triangular
+    camera: Tensor,        # (3, 4) float64, upper triangular
     width: int,            # of the picture, px
-    mirror: float=-1.,     # u -> width + mirror - u: -1 pixel centres onto pixel centres; 0 released code, which also drops P2[2, 3]
+    mirror: float=-1.,     # u -> width + mirror - u: -1 pixel centres onto pixel centres; 0 as released, without p34
 ) -> Tensor:               # (4, 4) float64, homogeneous lidar -> lidar
     "The motion of the street that mirrors its picture and keeps every depth (CMKD release, `random_image_pc_flip`)."
-    f, c, b, w = P2[0, 0], P2[0, 2], P2[0, 3], P2[2, 3]*(mirror != 0)
+    f, c, b, w = camera[0, 0], camera[0, 2], camera[0, 3], camera[2, 3]*(mirror != 0)
     m = width + mirror
     M = torch.eye(4, dtype=torch.float64)
     M[0] = torch.stack([-torch.ones_like(f), torch.zeros_like(f), (m - 2*c)/f, (m*w - 2*b)/f])
@@ -33,13 +33,17 @@ def _moved(rows: Tensor, M: Tensor) -> Tensor:
     return torch.cat([(rows[:, :3].double() @ M[:3, :3].T + M[:3, 3]).to(rows.dtype), rows[:, 3:]], 1)
 
 def flip_sample(sample: Sample, mirror: float=-1.) -> Sample:
-    "Picture, points, depth and boxes mirrored together; the calibration stays."
-    M = mirror_matrix(sample.lidar_to_cam, sample.P2, sample.size[1], mirror)
+    "Picture, points, depth and boxes mirrored together, for a frame of one camera; the calibration stays."
+    if len(sample.images) != 1:
+        raise ValueError(f"frame {sample.id} has {len(sample.images)} cameras; a street mirrored in one picture is not "
+                         "mirrored in another: set data.flip=0")
+    M = mirror_matrix(sample.lidar_to_cam[0], sample.camera[0], int(sample.sizes[0, 1]), mirror)
     boxes = sample.boxes
     if boxes is not None:
         boxes = _moved(boxes, M)
         boxes[:, 6] = -boxes[:, 6]
-    return replace(sample, image=sample.image.flip(2), depth=sample.depth.flip(1), points=_moved(sample.points, M), boxes=boxes)
+    return replace(sample, images=sample.images.flip(3), depth=sample.depth.flip(2), points=_moved(sample.points, M),
+                   boxes=boxes)
 
 # %% ../../nbs/1_data/13_data.augment.ipynb #0961daca
 def turn(
@@ -78,15 +82,15 @@ def flip_along_x(
 
 # %% ../../nbs/1_data/13_data.augment.ipynb #21ca4dca
 def relight(
-    image: Tensor,               # (3, H, W) uint8
+    images: Tensor,              # (K, 3, H, W) uint8
     rng: np.random.Generator,
     strength: float=.2,          # each factor is uniform in 1 +- strength
-) -> Tensor:                     # (3, H, W) uint8
-    "Random brightness, contrast (about mid grey) and gamma."
+) -> Tensor:                     # (K, 3, H, W) uint8
+    "Random brightness, contrast (about mid grey) and gamma, the same in all pictures of a frame."
     brightness, contrast, gamma = rng.uniform(1 - strength, 1 + strength, 3)
     v = (np.arange(256)/255)**gamma
-    table = np.clip(((v - .5)*contrast + .5)*brightness, 0, 1)*255
-    return torch.from_numpy(table.round().astype(np.uint8).take(image.numpy().astype(np.intp)))     # numpy looks up by intp
+    table = (np.clip(((v - .5)*contrast + .5)*brightness, 0, 1)*255).round().astype(np.uint8)
+    return torch.from_numpy(table.take(images.numpy().astype(np.intp)))     # numpy looks up by intp
 
 # %% ../../nbs/1_data/13_data.augment.ipynb #55a2e496
 def student(
@@ -98,7 +102,7 @@ def student(
 ) -> Sample:
     "The student's augmentation, and the teacher's while it is distilled: both see the same mirror."
     if rng.random() < flip: sample = flip_sample(sample, mirror)
-    return replace(sample, image=relight(sample.image, rng, photometric)) if photometric else sample
+    return replace(sample, images=relight(sample.images, rng, photometric)) if photometric else sample
 
 def teacher(
     sample: Sample,

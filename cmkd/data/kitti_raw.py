@@ -6,14 +6,15 @@
 __all__ = ['raw_id', 'read_raw_list', 'read_raw_calib', 'drive_ids', 'KittiRaw', 'object_to_raw', 'split_leaks', 'refuse_overlap']
 
 # %% ../../nbs/1_data/12_data.kitti_raw.ipynb #821e0247
-import json, re
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 
-from ..core import Calibration, Frame
+from ..core import Frame
 from .dataset import FrameSet
-from .kitti import read_image, read_matrices, read_points
+from .kitti import Calibration, read_image, read_matrices, read_points
 
 # %% ../../nbs/1_data/12_data.kitti_raw.ipynb #46bbf70c
 _RAW = re.compile(r"(\d{4}_\d\d_\d\d_drive_\d{4}_sync)/(?:image_02/data/)?(\d{10})(?:\.png)?$")
@@ -25,13 +26,14 @@ def raw_id(text: str) -> str:
     return f"{m[1]}/{m[2]}"
 
 def read_raw_list(path) -> tuple[str, ...]:
-    "The ids of a list file, one frame a line, in order (e.g. `eigen_clean.txt`, the 14,940 frames of the paper's *Eigen clean*)."
+    "The ids of a list file, one frame a line, in order (`eigen_clean.txt`: the paper's 14,940 frames *Eigen clean*)."
     ids = []
     for n, line in enumerate(Path(path).read_text().splitlines(), 1):
         if not line.strip(): continue
         try: ids.append(raw_id(line))
         except ValueError as e: raise ValueError(f"{path} line {n}: {e}") from None
-    if len(set(ids)) < len(ids): raise ValueError(f"{path}: {len(ids) - len(set(ids))} frames are listed twice; remove the repeated lines")
+    twice = len(ids) - len(set(ids))
+    if twice: raise ValueError(f"{path}: {twice} frames are listed twice; remove the repeated lines")
     return tuple(ids)
 
 # %% ../../nbs/1_data/12_data.kitti_raw.ipynb #814499fd
@@ -48,7 +50,8 @@ def drive_ids(root, *drives: str) -> tuple[str, ...]:
     folders = [root/d[:10]/d for d in drives] if drives else sorted(root.glob("????_??_??/*_drive_*_sync"))
     out = []
     for f in folders:
-        if not f.is_dir(): raise FileNotFoundError(f"{f}: no such drive; a drive is root/<date>/<date>_drive_<number>_sync")
+        if not f.is_dir():
+            raise FileNotFoundError(f"{f}: no such drive; a drive is root/<date>/<date>_drive_<number>_sync")
         both = {p.stem for p in f.glob("image_02/data/*.png")} & {p.stem for p in f.glob("velodyne_points/data/*.bin")}
         out += [f"{f.name}/{n}" for n in sorted(both)]
     if not out: raise ValueError(f"{root}: no raw frame with a picture and a sweep")
@@ -65,15 +68,16 @@ class KittiRaw(FrameSet):
 
     def paths(self, i: int) -> tuple[Path, Path]:
         "The picture and the sweep of frame i."
-        drive, n = self.ids[i].split("/"); folder = self.root/drive[:10]/drive
+        drive, n = self.ids[i].split("/")
+        folder = self.root/drive[:10]/drive
         return folder/f"image_02/data/{n}.png", folder/f"velodyne_points/data/{n}.bin"
 
     def frame(self, i: int) -> Frame:
         image, points = self.paths(i)
-        return Frame(self.ids[i], read_image(image), read_points(points), self.rigs[self.ids[i][:10]])
+        return Frame(self.ids[i], (self.rigs[self.ids[i][:10]].view(read_image(image)),), read_points(points))
 
     def evidence(self, i: int) -> bytes:
-        rig = self.rigs[self.ids[i][:10]]
+        rig = self.rigs[self.ids[i][:10]].pinhole
         return rig.lidar_to_img.tobytes() + "/".join(str(p.stat().st_size) for p in self.paths(i)).encode()
 
 # %% ../../nbs/1_data/12_data.kitti_raw.ipynb #e5ed7e5b
@@ -88,15 +92,22 @@ def split_leaks(
 ) -> tuple[list[str], list[str], list[str]]: # clean ids, exact validation frames, other frames of validation drives
     "Raw ids by what they share with a validation split."
     missing = [i for i in val_ids if i not in mapping]
-    if missing: raise ValueError(f"the mapping does not know {len(missing)} validation ids, e.g. {missing[:3]}; use the mapping of the full data set")
-    frames = {mapping[i] for i in val_ids}; drives = {f.split("/")[0] for f in frames}
+    if missing:
+        told = f"{len(missing)} validation ids, e.g. {missing[:3]}"
+        raise ValueError(f"the mapping does not know {told}; use the mapping of the full data set")
+    frames = {mapping[i] for i in val_ids}
+    drives = {f.split("/")[0] for f in frames}
     clean, same, near = [], [], []
-    for i in map(raw_id, raw_ids): (same if i in frames else near if i.split("/")[0] in drives else clean).append(i)
+    for i in map(raw_id, raw_ids):
+        where = same if i in frames else near if i.split("/")[0] in drives else clean
+        where.append(i)
     return clean, same, near
 
 def refuse_overlap(raw_ids, val_ids, mapping: dict[str, str]) -> None:
     "Raise if a raw frame is a validation frame or comes from a drive that holds one."
     _, same, near = split_leaks(raw_ids, val_ids, mapping)
     if same or near:
-        raise ValueError(f"{len(same)} raw frames are validation frames ({', '.join(same[:3])}{', ...' if len(same) > 3 else ''}) and {len(near)} more come from "
-                         f"validation drives ({', '.join(sorted({n.split('/')[0] for n in near})[:3])}); keep only the first list of `split_leaks`")
+        drives = sorted({n.split("/")[0] for n in near})
+        first = ", ".join(same[:3]) + (", ..." if len(same) > 3 else "")
+        raise ValueError(f"{len(same)} raw frames are validation frames ({first}) and {len(near)} more come from "
+                         f"validation drives ({', '.join(drives[:3])}); keep only the first list of `split_leaks`")

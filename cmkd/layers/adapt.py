@@ -53,13 +53,17 @@ class ReleasedBlock(nn.Module):
 # %% ../../nbs/2_layers/26_layers.adapt.ipynb #56baab1b
 class DomainAdaptation(nn.Module):
     "Stacked self-calibrated blocks, CMKD Eq. (1): F_I^bev -> its LiDAR-like form."
-    def __init__(self, channels: int, blocks: int, block: str="figure", cin: int=0): # cin: channels of a map twice as fine; 0 for none
+
+    def __init__(
+        self, channels: int, blocks: int, block: str = "figure", cin: int = 0
+    ):  # cin: channels of a map twice as fine; 0 for none
         super().__init__()
-        if block not in ("figure", "released"): raise ValueError(f"student.block must be 'figure' or 'released', got {block!r}")
+        if block not in ("figure", "released"):
+            raise ValueError(f"student.block must be 'figure' or 'released', got {block!r}")
         kind = SelfCalibrated if block == "figure" else ReleasedBlock
         self.down_layer = nn.Sequential(nn.Conv2d(cin, channels, 3, 2, 1), nn.ReLU()) if cin else nn.Identity()
         self.layers = nn.Sequential(*(kind(channels) for _ in range(blocks)))
 
-    def forward(self, x: Tensor) -> Tensor: # (B, C, Y, X) -> same; (B, cin, 2Y, 2X) -> (B, C, Y, X)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, Y, X) -> same; (B, cin, 2Y, 2X) -> (B, C, Y, X)
         "Block after block."
         return self.layers(self.down_layer(x))

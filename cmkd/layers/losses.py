@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['focal_loss', 'quality_focal_loss', 'smooth_l1', 'sine_difference', 'direction_targets', 'direction_loss',
-           'pool_depth', 'foreground_mask', 'depth_loss', 'depth_focal']
+           'pool_depth', 'foreground_mask', 'Depth', 'depth_loss', 'depth_focal']
 
 # %% ../../nbs/2_layers/20_layers.losses.ipynb #41532447
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..boxes import wrap
-from ..config import Depth
+from ..config import choice
 from ..geometry import DepthBins
 
 # %% ../../nbs/2_layers/20_layers.losses.ipynb #f58282e6
@@ -32,13 +33,16 @@ def focal_loss(
 
 # %% ../../nbs/2_layers/20_layers.losses.ipynb #e94e4878
 def quality_focal_loss(
-    logits: Tensor,   # any shape
+    logits: Tensor,  # any shape
     targets: Tensor,  # same shape, in [0, 1]
-    gamma: float=2.,
-) -> Tensor:          # same shape, elementwise
+    gamma: float = 2.0,
+) -> Tensor:  # same shape, elementwise
     "QFL (Li et al. 2020, Eq. 2): cross entropy with a soft target, times the distance to it."
     logits, targets = logits.float(), targets.float()
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")*(targets - logits.sigmoid()).abs()**gamma
+    return (
+        F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        * (targets - logits.sigmoid()).abs() ** gamma
+    )
 
 # %% ../../nbs/2_layers/20_layers.losses.ipynb #acc12a90
 def smooth_l1(
@@ -79,22 +83,29 @@ def direction_loss(
 
 # %% ../../nbs/2_layers/20_layers.losses.ipynb #baf84abd
 def pool_depth(
-    depth: Tensor,     # (B, H, W) m; 0 where no point fell
-    stride: int,       # pixels along one side of a cell
-    size: tuple[int, int] | None=None,  # (h, w) cells to make; those beyond the picture stay 0
-    how: str="mean",   # 'mean' of the returns in a cell, or 'min': the nearest
-) -> Tensor:           # (B, h, w) m; 0 where no point fell
+    depth: Tensor,  # (B, H, W) m; 0 where no point fell
+    stride: int,  # pixels along one side of a cell
+    size: tuple[int, int] | None = None,  # (h, w) cells to make; those beyond the picture stay 0
+    how: str = "mean",  # 'mean' of the returns in a cell, or 'min': the nearest
+) -> Tensor:  # (B, h, w) m; 0 where no point fell
     "Pool the pixels that have a return."
     H, W = depth.shape[-2:]
-    h, w = size or (-(-H//stride), -(-W//stride))
-    if h*stride < H or w*stride < W: raise ValueError(f"size {h, w} at stride {stride} covers less than the depth map's {H, W}")
-    cells = F.pad(depth, (0, w*stride - W, 0, h*stride - H)).unflatten(-1, (w, stride)).unflatten(-3, (h, stride)).transpose(-3, -2)
+    h, w = size or (-(-H // stride), -(-W // stride))
+    if h * stride < H or w * stride < W:
+        raise ValueError(f"size {h, w} at stride {stride} covers less than the depth map's {H, W}")
+    cells = (
+        F.pad(depth, (0, w * stride - W, 0, h * stride - H))
+        .unflatten(-1, (w, stride))
+        .unflatten(-3, (h, stride))
+        .transpose(-3, -2)
+    )
     hit = cells > 0
     if how == "min":
         near = torch.where(hit, cells, math.inf).amin((-2, -1))
-        return torch.where(near.isinf(), 0., near)
-    if how != "mean": raise ValueError(f"how must be 'mean' or 'min', got {how!r}")
-    return torch.where(hit, cells, 0.).sum((-2, -1))/hit.sum((-2, -1)).clamp_min(1)
+        return torch.where(near.isinf(), 0.0, near)
+    if how != "mean":
+        raise ValueError(f"how must be 'mean' or 'min', got {how!r}")
+    return torch.where(hit, cells, 0.0).sum((-2, -1)) / hit.sum((-2, -1)).clamp_min(1)
 
 # %% ../../nbs/2_layers/20_layers.losses.ipynb #07063527
 def foreground_mask(
@@ -112,29 +123,46 @@ def foreground_mask(
     return torch.stack(out)
 
 # %% ../../nbs/2_layers/20_layers.losses.ipynb #324a013c
+@dataclass(frozen=True)
+class Depth:
+    "The depth loss (Eq. 7, from CaDDN)."
+
+    weight: float = 3.0
+    foreground: float = 13.0  # weight of pixels inside a 2D box of an object
+    background: float = 1.0
+    alpha: float = 0.25
+    gamma: float = 2.0
+    mask_invalid: bool = True  # pixels without a LiDAR return teach nothing
+    pool: str = "min"  # a cell's depth is its nearest return ('min') or their 'mean'
+
+    def __post_init__(self):
+        choice("depth.pool", self.pool, ("min", "mean"))
+
 def depth_loss(
-    logits: Tensor,    # (B, D+1, h, w)
-    depth: Tensor,     # (B, h, w) m; 0 where no point fell
-    bins: DepthBins,   # D bins
+    logits: Tensor,  # (B, D+1, h, w)
+    depth: Tensor,  # (B, h, w) m; 0 where no point fell
+    bins: DepthBins,  # D bins
     cfg: Depth,
-    foreground: Tensor | None=None,  # (B, h, w) bool, inside a 2D box; None weighs all pixels alike
-) -> Tensor:           # () scalar, times `cfg.weight`
+    foreground: Tensor | None = None,  # (B, h, w) bool, inside a 2D box; None weighs all pixels alike
+) -> Tensor:  # () scalar, times `cfg.weight`
     "CMKD Eq. 7: categorical focal loss of depth bins (CaDDN Eq. 4), balanced and masked as `cfg` says."
     B, K, h, w = logits.shape
-    if K != bins.count + 1: raise ValueError(f"logits have {K} channels, {bins.count} depth bins need {bins.count + 1}")
-    if depth.shape != (B, h, w): raise ValueError(f"depth is {tuple(depth.shape)}, logits need {(B, h, w)}: use `pool_depth`")
+    if K != bins.count + 1:
+        raise ValueError(f"logits have {K} channels, {bins.count} depth bins need {bins.count + 1}")
+    if depth.shape != (B, h, w):
+        raise ValueError(f"depth is {tuple(depth.shape)}, logits need {(B, h, w)}: use `pool_depth`")
     per_pixel = depth_focal(logits, bins.target(depth.float()), cfg.alpha, cfg.gamma)
     counts = depth > 0 if cfg.mask_invalid else torch.ones_like(depth, dtype=torch.bool)
-    weight = counts.float() if foreground is None else torch.where(foreground, cfg.foreground, cfg.background)*counts
-    return cfg.weight*(per_pixel*weight).sum()/counts.sum().clamp_min(1)
+    weight = counts.float() if foreground is None else torch.where(foreground, cfg.foreground, cfg.background) * counts
+    return cfg.weight * (per_pixel * weight).sum() / counts.sum().clamp_min(1)
 
 def depth_focal(
-    logits: Tensor,   # (B, K, h, w)
+    logits: Tensor,  # (B, K, h, w)
     targets: Tensor,  # (B, h, w) int64 in 0..K-1
-    alpha: float=.25,
-    gamma: float=2.,
-) -> Tensor:          # (B, h, w) elementwise
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Tensor:  # (B, h, w) elementwise
     "Softmax focal loss of the target class, plus 1e-6 of every class."
     logp = logits.float().log_softmax(1)
-    focal = -alpha*(1 - logp.exp())**gamma*logp
-    return focal.gather(1, targets[:, None])[:, 0] + 1e-6*focal.sum(1)
+    focal = -alpha * (1 - logp.exp()) ** gamma * logp
+    return focal.gather(1, targets[:, None])[:, 0] + 1e-6 * focal.sum(1)

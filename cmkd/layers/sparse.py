@@ -9,50 +9,57 @@ __all__ = ['voxelize', 'first_voxels', 'submanifold', 'strided', 'norm', 'block'
 # %% ../../nbs/2_layers/21_layers.sparse.ipynb #c8973581
 import logging
 
-import torch
-from torch import Tensor, nn
 import spconv.pytorch as spconv
+import torch
 from spconv.core import ConvAlgo
 from spconv.pytorch.conv import SparseConvolution
+from torch import Tensor, nn
 
 from ..geometry import Grid
 
-logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # spconv asks torch.fx an old question at every start
+logging.getLogger("torch.fx._symbolic_trace").setLevel(
+    logging.ERROR
+)  # spconv asks torch.fx an old question at every start
 
 # %% ../../nbs/2_layers/21_layers.sparse.ipynb #8e3dbca5
 def voxelize(
-    points: Tensor,      # (N, 5) batch index, x y z reflectance; lidar frame, m
+    points: Tensor,  # (N, 5) batch index, x y z reflectance; lidar frame, m
     grid: Grid,
-    max_points: int=5,   # kept in one voxel, in scan order
-    max_voxels: int=40000, # kept in one frame, in the order of their first point
-) -> tuple[Tensor, Tensor]: # (V, 4) mean x y z reflectance, (V, 4) int32 coordinates b z y x
+    max_points: int = 5,  # kept in one voxel, in scan order
+    max_voxels: int = 40000,  # kept in one frame, in the order of their first point
+) -> tuple[Tensor, Tensor]:  # (V, 4) mean x y z reflectance, (V, 4) int32 coordinates b z y x
     "Voxelise and mean-encode a batch (SECOND; CMKD supplement 1.1)."
     points = points[grid.inside(points[:, 1:4])]
     cell = grid.index(points[:, 1:4]).floor().long().flip(1)
-    for axis, n in enumerate(grid.shape): cell[:, axis].clamp_(0, n - 1)
+    for axis, n in enumerate(grid.shape):
+        cell[:, axis].clamp_(0, n - 1)
     Z, Y, X = grid.shape
-    key = ((points[:, 0].long()*Z + cell[:, 0])*Y + cell[:, 1])*X + cell[:, 2]
+    key = ((points[:, 0].long() * Z + cell[:, 0]) * Y + cell[:, 1]) * X + cell[:, 2]
     unique, voxel, count = key.unique(return_inverse=True, return_counts=True)
     order = voxel.argsort(stable=True)
     start = count.cumsum(0) - count
     rank = torch.empty_like(voxel)
     rank[order] = torch.arange(len(voxel), device=voxel.device) - start[voxel[order]]
     early = rank < max_points
-    mean = points.new_zeros(len(unique), 4).index_add_(0, voxel[early], points[early, 1:])/count.clamp(max=max_points)[:, None]
-    coords = torch.stack([unique//(Z*Y*X), unique//(Y*X) % Z, unique//X % Y, unique % X], 1)
+    mean = (
+        points.new_zeros(len(unique), 4).index_add_(0, voxel[early], points[early, 1:])
+        / count.clamp(max=max_points)[:, None]
+    )
+    coords = torch.stack([unique // (Z * Y * X), unique // (Y * X) % Z, unique // X % Y, unique % X], 1)
     keep = first_voxels(coords[:, 0], order[start], max_voxels)
     return mean[keep], coords[keep].int()
 
 def first_voxels(
     frame: Tensor,  # (V,) batch index
     first: Tensor,  # (V,) number of the voxel's first point
-    limit: int,     # voxels to keep in one frame
-) -> Tensor:        # (V,) bool
+    limit: int,  # voxels to keep in one frame
+) -> Tensor:  # (V,) bool
     "The `limit` voxels of each frame whose first point was scanned first."
     keep = torch.ones_like(frame, dtype=torch.bool)
     for b in frame.unique():
         mine = (frame == b).nonzero()[:, 0]
-        if len(mine) > limit: keep[mine[first[mine].argsort()[limit:]]] = False
+        if len(mine) > limit:
+            keep[mine[first[mine].argsort()[limit:]]] = False
     return keep
 
 # %% ../../nbs/2_layers/21_layers.sparse.ipynb #96fd0d4d
@@ -95,12 +102,13 @@ def with_bias(conv: spconv.SubMConv3d, x: spconv.SparseConvTensor) -> spconv.Spa
 
 # %% ../../nbs/2_layers/21_layers.sparse.ipynb #df3a300d
 def heights_left(z: int, stages: int) -> int:
-    "Heights of the last map, for a grid of `z` LiDAR voxels in height: one more cell, halved by each stage and once by the last convolution."
+    "Heights of the last map for `z` voxels in height: one more cell, halved by each stage and the last convolution."
     z += 1
-    for stage in range(2, stages + 1): z = (z - 3)//2 + 1 if stage == 4 else (z - 1)//2 + 1
-    return (z - 3)//2 + 1
+    for stage in range(2, stages + 1):
+        z = (z - 3) // 2 + 1 if stage == 4 else (z - 1) // 2 + 1
+    return (z - 3) // 2 + 1
 
-def dense(x: spconv.SparseConvTensor) -> Tensor: # (B, C, Z, Y, X)
+def dense(x: spconv.SparseConvTensor) -> Tensor:  # (B, C, Z, Y, X)
     "The whole volume, zero where no voxel is."
     volume = x.features.new_zeros(x.batch_size, *x.spatial_shape, x.features.shape[1])
     volume = volume.index_put(tuple(x.indices.long().T), x.features)
@@ -108,28 +116,44 @@ def dense(x: spconv.SparseConvTensor) -> Tensor: # (B, C, Z, Y, X)
 
 class SparseBackbone(nn.Module):
     "SECOND's sparse 3D backbone, plain or residual: points to (B, C, Z, Y, X)."
-    def __init__(self, grid: Grid, channels: tuple[int, ...], out_channels: int, residual: bool=False, features: int=4):
+
+    def __init__(
+        self, grid: Grid, channels: tuple[int, ...], out_channels: int, residual: bool = False, features: int = 4
+    ):
         super().__init__()
         self.shape = [grid.shape[0] + 1, *grid.shape[1:]]
         self.stages = len(channels)
         self.conv_input = block(submanifold(features, channels[0], "subm1"), channels[0])
-        for i, (cin, c) in enumerate(zip((channels[0],) + channels, channels), 1):
+        for i, (cin, c) in enumerate(zip(channels[:1] + channels, channels, strict=False), 1):
             down = [] if i == 1 else [block(strided(cin, c, f"spconv{i}", padding=self.padding(i)), c)]
-            more = [Residual(c, f"subm{i}") for _ in range(2)] if residual else [block(submanifold(c, c, f"subm{i}"), c) for _ in range(1 if i == 1 else 2)]
+            more = (
+                [Residual(c, f"subm{i}") for _ in range(2)]
+                if residual
+                else [block(submanifold(c, c, f"subm{i}"), c) for _ in range(1 if i == 1 else 2)]
+            )
             setattr(self, f"conv{i}", spconv.SparseSequential(*down, *more))
         self.conv_out = block(strided(channels[-1], out_channels, "out", (3, 1, 1), (2, 1, 1), 0), out_channels)
-        self.out_shape = (out_channels, heights_left(grid.shape[0], len(channels)), *(n//2**(len(channels) - 1) for n in grid.shape[1:]))
+        self.out_shape = (
+            out_channels,
+            heights_left(grid.shape[0], len(channels)),
+            *(n // 2 ** (len(channels) - 1) for n in grid.shape[1:]),
+        )
 
     def padding(self, stage: int):
         "SECOND pads every stage but the fourth, which lets the height go from 11 to 5."
         return (0, 1, 1) if stage == 4 else 1
 
-    def forward(self, features: Tensor, coords: Tensor, batch: int) -> Tensor: # (V, 4), (V, 4) b z y x -> (B, C, Z, Y, X)
+    def forward(
+        self, features: Tensor, coords: Tensor, batch: int
+    ) -> Tensor:  # (V, 4), (V, 4) b z y x -> (B, C, Z, Y, X)
         "Dense map of the last stage; an empty cloud gives zeros."
-        if len(features) == 0: return features.new_zeros(batch, *self.out_shape)
+        if len(features) == 0:
+            return features.new_zeros(batch, *self.out_shape)
         algorithm = ConvAlgo.MaskImplicitGemm if features.is_cuda else ConvAlgo.Native
         for m in self.modules():
-            if isinstance(m, SparseConvolution): m.algo = algorithm
+            if isinstance(m, SparseConvolution):
+                m.algo = algorithm
         x = self.conv_input(spconv.SparseConvTensor(features, coords, self.shape, batch))
-        for i in range(1, self.stages + 1): x = getattr(self, f"conv{i}")(x)
+        for i in range(1, self.stages + 1):
+            x = getattr(self, f"conv{i}")(x)
         return dense(self.conv_out(x))

@@ -8,29 +8,39 @@ __all__ = ['MIME', 'parameters_cell', 'assigned', 'declared', 'asked', 'digest',
            'printed', 'as_markdown']
 
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #a5bb4b8e
-import ast, hashlib, json, os, re, sys
+import ast
+import hashlib
+import json
+import os
+import re
+import sys
 from pathlib import Path
 
 import nbformat
 import papermill
 from nbformat import NotebookNode
 
-from ..core import atomic, root, write_json
+from ..files import atomic, root, write_json
 
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #f20cf262
 def parameters_cell(nb: NotebookNode, path, tag: str="parameters") -> NotebookNode:
     "The one cell tagged `tag`."
     tagged = [c for c in nb.cells if c.cell_type == "code" and tag in c.metadata.get("tags", [])]
-    if len(tagged) != 1: raise ValueError(f"{path}: {len(tagged)} cells are tagged '{tag}', there must be one; tag it in JupyterLab's property inspector")
+    if len(tagged) != 1:
+        raise ValueError(f"{path}: {len(tagged)} cells are tagged '{tag}', there must be one; "
+                         "tag it in JupyterLab's property inspector")
     return tagged[0]
 
 def assigned(source: str, path) -> dict[str, object]:
     "{name: value} of a cell that holds nothing but `name = literal` lines."
     out = {}
     for node in ast.parse(source).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else getattr(node, "target", None)
+        alone = isinstance(node, ast.Assign) and len(node.targets) == 1
+        target = node.targets[0] if alone else getattr(node, "target", None)
         try: out[target.id] = ast.literal_eval(node.value)
-        except (AttributeError, ValueError): raise ValueError(f"{path}: a parameter cell holds only 'name = literal' lines, not: {ast.unparse(node)}") from None
+        except (AttributeError, ValueError):
+            told = f"a parameter cell holds only 'name = literal' lines, not: {ast.unparse(node)}"
+            raise ValueError(f"{path}: {told}") from None
     return out
 
 def declared(path) -> dict[str, object]:
@@ -38,21 +48,26 @@ def declared(path) -> dict[str, object]:
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such notebook")
     defaults = assigned(parameters_cell(nbformat.read(path, as_version=4), path).source, path)
-    seen = papermill.inspect_notebook(path)
-    if set(seen) != set(defaults): raise ValueError(f"{path}: papermill cannot read the parameter {', '.join(sorted(set(defaults) ^ set(seen)))}; write 'name = value  # plain words' on one line")
-    if none := [k for k, v in defaults.items() if v is None]: raise ValueError(f"{path}: the default of {none} is None, which has no type; give it a value")
+    if unread := sorted(set(defaults) ^ set(papermill.inspect_notebook(path))):
+        raise ValueError(f"{path}: papermill cannot read the parameter {', '.join(unread)}; "
+                         "write 'name = value  # plain words' on one line")
+    if none := [k for k, v in defaults.items() if v is None]:
+        raise ValueError(f"{path}: the default of {none} is None, which has no type; give it a value")
     return defaults
 
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #df780534
 def asked(path, parameters: dict) -> dict[str, object]:
     "All parameters of a run: the notebook's defaults with `parameters` in their place."
     defaults = declared(path)
-    if unknown := sorted(set(parameters) - set(defaults)): raise KeyError(f"{path} declares no parameter {', '.join(unknown)}; it has {', '.join(defaults)}")
+    if unknown := sorted(set(parameters) - set(defaults)):
+        raise KeyError(f"{path} declares no parameter {', '.join(unknown)}; it has {', '.join(defaults)}")
     out = dict(defaults)
     for name, value in parameters.items():
         kind = type(defaults[name])
         if kind is float and type(value) is int: value = float(value)
-        if type(value) is not kind: raise TypeError(f"{path}: parameter {name} is a {kind.__name__}, got {value!r} of type {type(value).__name__}")
+        if type(value) is not kind:
+            told = f"got {value!r} of type {type(value).__name__}"
+            raise TypeError(f"{path}: parameter {name} is a {kind.__name__}, {told}")
         out[name] = value
     return out
 
@@ -66,61 +81,76 @@ def digest(path) -> str:
 
 class outcome:
     "Shown as the last output of a table notebook: its table as text, and the files it has used and written."
-    def __init__(self, text, *paths): self.text, self.paths = str(text), sorted({str(Path(p).resolve()) for p in paths})
+    def __init__(self, text, *paths):
+        self.text, self.paths = str(text), sorted({str(Path(p).resolve()) for p in paths})
+
     def _repr_mimebundle_(self, **_):
-        return {"text/plain": f"{len(self.paths)} files used and written", MIME: dict(text=self.text, files={p: digest(p) for p in self.paths})}
+        told = dict(text=self.text, files={p: digest(p) for p in self.paths})
+        return {"text/plain": f"{len(self.paths)} files used and written", MIME: told}
 
 def outcome_of(nb: NotebookNode) -> dict:
     "The `outcome` of an executed notebook: text, and {path: sha256}."
-    found = [o.data[MIME] for c in nb.cells if c.cell_type == "code" for o in c.outputs if MIME in o.get("data", {})]
+    outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
+    found = [o.data[MIME] for o in outputs if MIME in o.get("data", {})]
     return found[-1] if found else dict(text="", files={})
 
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #8b93cbc5
-def sha(value) -> str: return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def sha(value) -> str:
+    "sha256 of a value that JSON can write."
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 def source_key(path) -> str:
     "Hash of a notebook's cells, without outputs."
-    return sha([(c.cell_type, c.source, c.metadata.get("tags", [])) for c in nbformat.read(path, as_version=4).cells])
+    cells = nbformat.read(path, as_version=4).cells
+    return sha([(c.cell_type, c.source, c.metadata.get("tags", [])) for c in cells])
 
 def package_key() -> str:
     "Hash of every module of the package."
     here = Path(sys.modules["cmkd"].__file__).parent
-    return sha({str(p.relative_to(here)): digest(p) for p in sorted(here.rglob("*.py")) if p.name != "_modidx.py"})
+    modules = [p for p in sorted(here.rglob("*.py")) if p.name != "_modidx.py"]
+    return sha({str(p.relative_to(here)): digest(p) for p in modules})
 
 def folder_key(folder) -> str:
     "Hash of a data folder: the content of its ImageSets, the names, sizes and times of its other files."
     tell = lambda p: digest(p) if p.parent.name == "ImageSets" else [p.stat().st_size, p.stat().st_mtime_ns]
-    return sha({str(p.relative_to(folder)): tell(p) for p in sorted(Path(folder).rglob("*")) if p.is_file()})
+    files = [p for p in sorted(Path(folder).rglob("*")) if p.is_file()]
+    return sha({str(p.relative_to(folder)): tell(p) for p in files})
 
+# %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #7be01c2d
 def key_of(path, values: dict, inputs=()) -> dict[str, str]:
     "What an executed notebook depends on before it has run."
-    return dict(notebook=source_key(path), parameters=sha(values), package=package_key(), **{str(Path(i).resolve()): folder_key(i) for i in inputs})
+    folders = {str(Path(i).resolve()): folder_key(i) for i in inputs}
+    return dict(notebook=source_key(path), parameters=sha(values), package=package_key(), **folders)
 
 def unchanged(out: Path, key: dict) -> bool:
     "Is the executed notebook `out` there, made under this key, and every file it stands on as it was?"
     side = out.with_suffix(".key.json")
     if not (out.exists() and side.exists()): return False
     kept = json.loads(side.read_text())
-    return kept["key"] == key and kept["files"].get(str(out)) == digest(out) and all(digest(p) == d for p, d in kept["files"].items())
+    if kept["key"] != key or str(out) not in kept["files"]: return False
+    return all(digest(p) == d for p, d in kept["files"].items())
 
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #757a7d79
 def settled(text: str) -> str:
-    "What a terminal shows in the end: of text overwritten by carriage returns, the last; finished progress bars on a line each."
+    "What a terminal shows in the end: of text overwritten by carriage returns, the last."
     return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
 
 def execute(path: Path, values: dict, out: Path) -> NotebookNode:
-    "Run a notebook with papermill, its streams passed on; the executed notebook, or an error that names where it stopped."
+    "Run a notebook with papermill, its streams passed on; an error names where it stopped."
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
-    temp = out.with_name(f".{out.stem}.running.ipynb"); temp.parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(path, temp, parameters=values, kernel_name="python3", cwd=path.parent, progress_bar=False,
-                                    stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True)
+    temp = out.with_name(f".{out.stem}.running.ipynb")
+    temp.parent.mkdir(parents=True, exist_ok=True)
+    live = dict(progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True)
+    try: papermill.execute_notebook(path, temp, parameters=values, kernel_name="python3", cwd=path.parent, **live)
     except papermill.PapermillExecutionError as e:
-        failed = out.with_name(f"{out.stem}.failed.ipynb"); os.replace(temp, failed)
-        raise RuntimeError(f"{path.name} stopped with {e.ename}: {e.evalue} (cell {e.exec_count}; see {failed})") from None
-    nb = nbformat.read(temp, as_version=4); temp.unlink()
-    for c in nb.cells:
-        for o in c.get("outputs", []):
-            if o.output_type == "stream": o.text = settled(o.text)
+        failed = out.with_name(f"{out.stem}.failed.ipynb")
+        os.replace(temp, failed)
+        where = f"cell {e.exec_count}; see {failed}"
+        raise RuntimeError(f"{path.name} stopped with {e.ename}: {e.evalue} ({where})") from None
+    nb = nbformat.read(temp, as_version=4)
+    temp.unlink()
+    for output in (o for c in nb.cells for o in c.get("outputs", [])):
+        if output.output_type == "stream": output.text = settled(output.text)
     return nb
 
 def echoed(nb: NotebookNode, values: dict, path) -> None:
@@ -136,7 +166,8 @@ def run_notebook(
     inputs=(),                     # folders whose change asks for a new run
 ) -> Path:                         # the executed notebook
     "Run a notebook with these parameters, unless nothing has changed since it last ran."
-    path = Path(path).resolve(); values = asked(path, parameters or {})
+    path = Path(path).resolve()
+    values = asked(path, parameters or {})
     name = "-".join(str(v) for v in (path.stem, values.get("scale")) if v)
     out = Path(out or root()/"results"/"executed"/f"{name}.ipynb").resolve()
     key = key_of(path, values, inputs)
@@ -147,7 +178,8 @@ def run_notebook(
     with atomic(out) as temp: nbformat.write(nb, temp)
     out.with_name(f"{out.stem}.failed.ipynb").unlink(missing_ok=True)
     done = outcome_of(nb)
-    write_json(out.with_suffix(".key.json"), dict(key=key, parameters=values, text=done["text"], files={**done["files"], str(out): digest(out)}))
+    files = done["files"] | {str(out): digest(out)}
+    write_json(out.with_suffix(".key.json"), dict(key=key, parameters=values, text=done["text"], files=files))
     return out
 
 def printed(out: Path) -> str:
@@ -158,5 +190,6 @@ def printed(out: Path) -> str:
 def as_markdown(path) -> str:
     "The cells of a notebook in nbs/, without outputs, as one Markdown page for the project's root."
     cells = nbformat.read(path, as_version=4).cells
-    page = "\n\n".join(c.source if c.cell_type == "markdown" else f"```python\n{c.source}\n```" for c in cells) + "\n"
+    parts = [c.source if c.cell_type == "markdown" else f"```python\n{c.source}\n```" for c in cells]
+    page = "\n\n".join(parts) + "\n"
     return re.sub(r"\]\((?!http)([^)]+\.ipynb)\)", r"](nbs/\1)", page)
