@@ -13,7 +13,8 @@ from cmkd.layers.adapt import DomainAdaptation, ReleasedBlock, SelfCalibrated
 from cmkd.layers.bev import Bev, BevBackbone, height_to_channels
 from cmkd.layers.image import MEAN, STD, ImageBackbone, ImageBranch, ImageMaps, inside
 from cmkd.layers.lift import lift, lift_plain, rays, voxel_texels
-from cmkd.layers.sparse import Residual, SparseBackbone, dense, voxelize
+from cmkd.layers.sparse import Residual, SparseBackbone, dense
+from cmkd.layers.voxels import voxelize
 from cmkd.methods import recipe
 
 PAPER = Grid((2.0, -30.08, -3.0), (46.8, 30.08, 1.0), (0.04, 0.04, 0.1))

@@ -19,7 +19,7 @@ from cmkd.distill.teachers import Asked
 from cmkd.geometry import bev_grid, image_grid, lidar_grid
 from cmkd.layers.image import ImageMaps
 from cmkd.layers.lift import lift_plain
-from cmkd.layers.sparse import voxelize
+from cmkd.layers.voxels import voxelize
 from cmkd.methods import recipe, role_of
 from cmkd.models.camera import ImageToBev, added_up
 from cmkd.models.checkpoints import released_name

@@ -18,7 +18,7 @@ from ..layers.anchors import Head, make_anchors
 from ..layers.bev import Bev, BevBackbone, height_to_channels
 from ..layers.head import AnchorHead
 from ..layers.head_loss import Losses
-from ..layers.sparse import SparseBackbone, heights_left, voxelize
+from ..layers.voxels import heights_left, voxelize
 from ..taps import Taps
 
 # %% ../../nbs/3_models/31_models.lidar.ipynb #8b581c01
@@ -53,10 +53,10 @@ class LidarDetector(nn.Module):
     def __init__(self, teacher: Teacher, space: Space, head: Head, bev: Bev):
         super().__init__()
         check_reach(teacher, space)
+        from cmkd.layers.sparse import SparseBackbone  # spconv: six CPU seconds, spent when a detector is built
         self.space, self.grid = space, lidar_grid(space)
-        self.backbone3d = SparseBackbone(
-            self.grid, teacher.channels, teacher.out_channels, teacher.encoder == "residual"
-        )
+        residual = teacher.encoder == "residual"
+        self.backbone3d = SparseBackbone(self.grid, teacher.channels, teacher.out_channels, residual)
         self.bev2d = BevBackbone(bev_channels(teacher, space), bev).to(memory_format=torch.channels_last)
         self.head = AnchorHead(self.bev2d.out_channels, head).to(memory_format=torch.channels_last)
         self.register_buffer("anchors", head_anchors(head, space, bev), persistent=False)
