@@ -16,7 +16,6 @@ from .data.dataset import FrameSet, Samples, collate, loader, prepare
 from .data.sets import Data
 from .geometry import Space, bev_grid
 from .layers.anchors import Head
-from .layers.head import detections
 from .machine import cast, device as pick_device
 from .models.camera import CameraDetector
 
@@ -28,7 +27,7 @@ def as_boxes(found: Found, classes: tuple[str, ...]) -> Boxes:
 
 @torch.no_grad()
 def detect_set(
-    model: nn.Module,        # a detector with `anchors`
+    model: nn.Module,        # a detector: has `reads` and `found`
     frames: FrameSet,
     data: Data,
     space: Space,
@@ -40,14 +39,14 @@ def detect_set(
     precision: str="no",     # 'no' or 'bf16', of the network; boxes are float32
 ) -> dict[str, Boxes]:       # {frame id: detections}
     "What a detector finds in every frame, after score threshold and NMS."
-    if precision != "no" and not isinstance(model, CameraDetector):
+    if precision != "no" and "points" in model.reads:
         raise ValueError("only a student has another precision than 'no': sparse convolutions know only float32")
     where = pick_device(device)
     model = model.to(where).eval()
     samples, out = Samples(frames, data.classes, image_size=data.image_size, grid=bev_grid(space)), {}
     for b in tqdm(loader(samples, batch), desc="detect", unit="batch", disable=not progress, mininterval=1.):
-        with cast(precision, where): maps = model(b.to(where)).head
-        for id, found in zip(b.ids, detections(maps, model.anchors, head, per_class), strict=True):
+        with cast(precision, where): taps = model(b.to(where))
+        for id, found in zip(b.ids, model.found(taps, head, per_class), strict=True):
             out[id] = as_boxes(found, data.classes)
     return out
 
@@ -61,9 +60,9 @@ def detect_image(
     precision: str="no", # of the network: 'no' or 'bf16'
 ) -> Boxes:              # lidar frame, best first
     "What a student sees in one picture; no LiDAR is asked."
-    if not isinstance(model, CameraDetector):
+    if "points" in model.reads:
         raise ValueError(f"a picture alone needs a student, got a {type(model).__name__}")
     frame = Frame("image", (view,), np.zeros((0, 4), np.float32))
     batch = collate([prepare(frame, data.classes, image_size=data.image_size)]).to(next(model.parameters()).device)
-    with cast(precision, batch.images.device): maps = model.eval()(batch).head
-    return as_boxes(detections(maps, model.anchors, head)[0], data.classes)
+    with cast(precision, batch.images.device): taps = model.eval()(batch)
+    return as_boxes(model.found(taps, head)[0], data.classes)

@@ -52,9 +52,10 @@ def leaves(value, name: str="") -> dict[str, Tensor]:
 
 def rebuilt(named: dict[str, Tensor], kind: type=Taps):
     "The inverse of `leaves`: taps, or a value of `kind`, from its named tensors."
-    options = [k for k in get_args(kind) if k is not NoneType] if NoneType in get_args(kind) else [kind]
-    kind = options[0]
     if not named: return None
+    options = [k for k in get_args(kind) if k is not NoneType] if NoneType in get_args(kind) else [kind]
+    parts = {name.partition(".")[0] for name in named}
+    kind = next(k for k in options if not is_dataclass(k) or parts <= {f.name for f in fields(k)})
     if kind is Tensor: return named[""]
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in named.items():

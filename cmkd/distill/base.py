@@ -36,5 +36,5 @@ class Distiller(nn.Module):
         "Called once, before the first step of the student's last leg."
 
     def forward(self, student: Taps, teachers: dict[str, Taps], batch: Batch) -> dict[str, Tensor]:
-        "The named, weighted () losses of one batch; the teachers' taps carry no gradient."
+        "The named and weighted losses of one batch, scalars; the teachers' taps carry no gradient."
         raise NotImplementedError(f"{type(self).__name__} must define forward(student, teachers, batch)")

@@ -15,7 +15,6 @@ from torch import nn
 from ..core import Batch
 from .store import TapStore, packed, unpacked
 from ..layers.anchors import Head
-from ..layers.head import detections
 from ..taps import Taps, joined, leaves, only, rebuilt
 
 # %% ../../nbs/5_distill/52_distill.teachers.ipynb #5ae1888f
@@ -39,7 +38,7 @@ class Asked:
     "What a frozen teacher shows, computed once a frame."
     def __init__(
         self,
-        teacher: nn.Module,       # in eval mode: teacher(batch, upto) -> Taps; has `reads` and, for 'soft', `anchors`
+        teacher: nn.Module,       # in eval mode: teacher(batch, upto) -> Taps; has `reads` and, for 'soft', `found`
         names: tuple[str, ...],   # the taps that are asked for
         soft: Head | None=None,   # how its maps become the tap 'soft'
         told: dict | None=None,   # the fields that it depends on: its name in the store, with its weights
@@ -55,7 +54,7 @@ class Asked:
     def look(self, batch: Batch) -> Taps: # of one frame
         "The asked taps of one frame, computed."
         taps = self.teacher(batch, self.upto)
-        if "soft" in self.names: taps.soft = detections(taps.head, self.teacher.anchors, self.soft)
+        if "soft" in self.names: taps.soft = self.teacher.found(taps, self.soft)
         return only(taps, self.names)
 
     def __call__(self, batch: Batch) -> Taps:

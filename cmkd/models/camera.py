@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..core import Batch
+from ..core import Batch, Found
 from ..geometry import DepthBins, Space, image_grid
 from ..layers.adapt import DomainAdaptation
 from ..layers.anchors import Head
 from ..layers.bev import Bev, BevBackbone, height_to_channels
-from ..layers.head import AnchorHead
+from ..layers.head import AnchorHead, detections
 from ..layers.image import ImageBranch, ImageMaps, Student, conv
 from ..layers.lift import Rays, lift, lift_plain, rays, voxel_texels
 from .lidar import head_anchors
@@ -132,6 +132,10 @@ class CameraDetector(nn.Module):
             taps.bev2d = self.bev2d(taps.bev)
             taps.head = self.head(taps.bev2d)
         return taps
+
+    def found(self, taps: Taps, head: Head, per_class: bool=False) -> list[Found]:
+        "The boxes that its maps say, a frame each; `head` has the threshold and the NMS."
+        return detections(taps.head, self.anchors, head, per_class)
 
 # %% ../../nbs/3_models/32_models.camera.ipynb #dd3e1ad4
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import choice
-from ..core import Batch
+from ..core import Batch, Found
 from ..geometry import Space, bev_grid, lidar_grid
 from ..layers.anchors import Head, make_anchors
 from ..layers.bev import Bev, BevBackbone, height_to_channels
-from ..layers.head import AnchorHead
+from ..layers.head import AnchorHead, detections
 from ..layers.head_loss import Losses
 from ..layers.voxels import heights_left, voxelize
 from ..taps import Taps
@@ -77,6 +77,10 @@ class LidarDetector(nn.Module):
         "From sweeps to maps; `upto='bev'` ends at F_L^bev."
         bev = self.to_bev(batch.points, len(batch))
         return self.from_bev(bev) if upto == "head" else Taps(bev=bev)
+
+    def found(self, taps: Taps, head: Head, per_class: bool=False) -> list[Found]:
+        "The boxes that its maps say, a frame each; `head` has the threshold and the NMS."
+        return detections(taps.head, self.anchors, head, per_class)
 
 def check_reach(teacher: Teacher, space: Space) -> None:
     "Raise unless the stages of the sparse backbone bring LiDAR voxels to BEV cells."

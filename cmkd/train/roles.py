@@ -53,9 +53,8 @@ class Role:
     depends: Callable[[Config], tuple[str, ...]]  # fields, or groups with a dot at their end
     build: Callable[[Config], nn.Module]  # the network, drawn at random
     plan: Callable[[Config, Work], Plan]
-    detect: Callable[..., dict[str, Boxes]] | None = (
-        None  # (cfg, network, frames, **options) -> {frame id: found}; None: no number on val
-    )
+    # (cfg, network, frames, **options) -> {frame id: found}; None: no number on val
+    detect: Callable[..., dict[str, Boxes]] | None = None
     kind: str = ""  # what two methods must share to share a run; default: the name
     unlabelled: bool = False  # also learns from frames that nobody labelled
     parents: Callable[[Config], tuple[str, ...]] = lambda cfg: ()
