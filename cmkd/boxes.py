@@ -31,6 +31,7 @@ def corners_bev(
     c, s = boxes[:, 6:].cos(), boxes[:, 6:].sin()
     return torch.stack([c*x - s*y, s*x + c*y], -1) + boxes[:, None, :2]
 
+# %% ../nbs/0_ground/05_boxes.ipynb #1b068b0b
 def corners(
     boxes: Tensor,  # (N, 7) lidar, m, rad
 ) -> Tensor:        # (N, 8, 3) x y z: `corners_bev` at the bottom, then at the top
@@ -60,6 +61,7 @@ def rectangles(
     low, high = torch.where(seen, uv, math.inf).amin(1), torch.where(seen, uv, -math.inf).amax(1)
     return torch.where(seen.any(1), torch.cat([low, high], 1), math.nan)
 
+# %% ../nbs/0_ground/05_boxes.ipynb #57b660f5
 def clipped(
     boxes2d: Tensor,        # (M, 4) left top right bottom, px
     size: tuple[int, int],  # height, width of the picture, px
@@ -88,6 +90,7 @@ def nearest_bev(
     half = torch.where(across, boxes[:, [4, 3]], boxes[:, [3, 4]])/2
     return torch.cat([boxes[:, :2] - half, boxes[:, :2] + half], 1)
 
+# %% ../nbs/0_ground/05_boxes.ipynb #672f2f36
 def iou_upright(
     a: Tensor,      # (N, 4) x y low, x y high
     b: Tensor,      # (M, 4)
@@ -99,6 +102,7 @@ def iou_upright(
     area = lambda r: (r[2] - r[0])*(r[3] - r[1])
     return (x*y/(area(p) + area(q) - x*y).clamp_min(1e-6)).T
 
+# %% ../nbs/0_ground/05_boxes.ipynb #54d55089
 def iou_nearest(
     a: Tensor,      # (N, 7) lidar
     b: Tensor,      # (M, 7) lidar
@@ -113,6 +117,7 @@ def _mean_above(y0: Tensor, y1: Tensor, level: Tensor) -> Tensor:
     part = torch.maximum(p0, p1)/(y1 - y0).abs().clamp_min(1e-300)
     return (p0 + p1)/2*torch.where(torch.minimum(p0, p1) > 0, 1., part.clamp_max(1))
 
+# %% ../nbs/0_ground/05_boxes.ipynb #e9618873
 @torch.no_grad()
 def intersection_bev(
     a: Tensor,      # (N, 7) lidar
@@ -153,6 +158,7 @@ def _iou_pairs(a: Tensor, b: Tensor, with_z: bool) -> Tensor:
     union = a[:, sides].prod(1) + b[:, sides].prod(1) - inter
     return torch.where(inter > 0, inter/union, 0.).clamp_max(1)
 
+# %% ../nbs/0_ground/05_boxes.ipynb #ea602b9d
 @torch.no_grad()
 def _iou(a: Tensor, b: Tensor, paired: bool, with_z: bool) -> Tensor:
     "IoU of all pairs, or of a[i] with b[i], in the dtype of `a`."
@@ -224,6 +230,7 @@ def encode(
                       boxes[..., 3:6].clamp_min(1e-5).log() - anchors[..., 3:6].clamp_min(1e-5).log(),
                       boxes[..., 6:7] - anchors[..., 6:7]], -1)
 
+# %% ../nbs/0_ground/05_boxes.ipynb #bb8019ac
 def decode(
     codes: Tensor,    # (..., 7) residuals
     anchors: Tensor,  # (..., 7) lidar

@@ -32,6 +32,7 @@ def refused(text, *command: str) -> int:
     print(f"{' '.join(('cmkd', *command))}: {' '.join(str(text).split())}", file=sys.stderr)
     return 2
 
+# %% ../nbs/7_doors/79_cli.ipynb #deb845e1
 @app.meta.default
 def start(*words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)], debug: bool = False) -> int:
     """Run one command.
@@ -48,6 +49,7 @@ def start(*words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True
         if debug: raise
         return refused(e.args[0] if isinstance(e, KeyError) and e.args else e, words[0])
 
+# %% ../nbs/7_doors/79_cli.ipynb #8a83b912
 def main(argv=None) -> int:
     "Run one command; 0 is well, 1 is a finding of the doctor, 2 is bad input, 130 is a run that was stopped."
     try: return app.meta(argv, **QUIET) or 0

@@ -22,6 +22,7 @@ def choice(
     "Raise unless `value` is one of `options`."
     if value not in options: raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, options))}")
 
+# %% ../nbs/0_ground/03_config.ipynb #a80af64b
 def checked(value, kind, name: str):
     "`value` as `kind`, or a TypeError that names the field."
     origin = getattr(kind, "__origin__", kind)
@@ -32,6 +33,7 @@ def checked(value, kind, name: str):
     told = getattr(kind, "__name__", kind)
     raise TypeError(f"{name} is a {told}, got {value!r} of type {type(value).__name__}")
 
+# %% ../nbs/0_ground/03_config.ipynb #b4c8453e
 def parsed(text: str, kind, name: str):
     "The value of `text` for a field of type `kind`; an error names the field."
     if kind is str: return text
@@ -56,6 +58,7 @@ def kinds(node: type, prefix: str="") -> dict[str, object]:
         out.update(kinds(kind, f"{prefix}{name}.") if is_dataclass(kind) else {prefix + name: kind})
     return out
 
+# %% ../nbs/0_ground/03_config.ipynb #59718a95
 def nested(kind: type, values: dict[str, object], prefix: str=""):
     "The dataclass `kind` whose `flat` form is `values`; what is not said keeps its default."
     given = {}
@@ -104,6 +107,7 @@ class Config:
         choice("recipe", self.recipe, RECIPES)
         choice("scale", self.scale, SCALES)
 
+# %% ../nbs/0_ground/03_config.ipynb #a2d86a28
 def unknown(name: str, there) -> str:
     "What to say of a field that does not exist."
     if any(k.startswith(f"{name}.") for k in there):
@@ -113,6 +117,7 @@ def unknown(name: str, there) -> str:
         f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(there)}"
     )
 
+# %% ../nbs/0_ground/03_config.ipynb #e65b7a6a
 def restored(kind: type, values: dict[str, object]):
     "The config of type `kind` from its `flat` form, perhaps read from JSON; a field too many or too few is an error."
     there = kinds(kind)

@@ -20,6 +20,7 @@ def _matrix(name: str, value, shape: tuple[int, int]) -> np.ndarray:
     if not np.isfinite(value).all(): raise ValueError(f"{name} holds a value that is not finite")
     return value
 
+# %% ../nbs/0_ground/00_core.ipynb #a15638d2
 @dataclass(frozen=True)
 class Pinhole:
     "Where a camera stands and how it projects; the projections themselves live in `cmkd.geometry`."
@@ -34,6 +35,7 @@ class Pinhole:
     def lidar_to_img(self) -> np.ndarray: # (3, 4) lidar -> img, homogeneous
         return self.camera @ self.lidar_to_cam
 
+# %% ../nbs/0_ground/00_core.ipynb #f1492c03
 @dataclass(frozen=True)
 class View(Pinhole):
     "One camera at one moment."

@@ -25,6 +25,7 @@ def as_boxes(found: Found, classes: tuple[str, ...]) -> Boxes:
     labels = found.labels.cpu().numpy()
     return Boxes(found.boxes.cpu().numpy(), np.array(classes)[labels], found.scores.cpu().numpy())
 
+# %% ../nbs/3_models/34_detect.ipynb #f7beda9b
 @torch.no_grad()
 def detect_set(
     model: nn.Module,        # a detector: has `reads` and `found`

@@ -75,6 +75,7 @@ def clip_near(
     t = (near - a[..., 2:])/np.where(a[..., 2:] == b[..., 2:], 1, b[..., 2:] - a[..., 2:])
     return np.where(lines[..., 2:] < near, a + t*(b - a), lines)
 
+# %% ../nbs/0_ground/06_draw.ipynb #7d5c0853
 def project_lines(
     lines: np.ndarray,   # (K, 2, 3) lidar, m
     pinhole: Pinhole,
@@ -107,6 +108,7 @@ def _line(role: str, width: float=2) -> dict:
     "The look of a role's lines."
     return dict(name=role, legendgroup=role, mode="lines", line=dict(color=COLOURS[role], width=width))
 
+# %% ../nbs/0_ground/06_draw.ipynb #5469bcf6
 def image_boxes(role: str, boxes: Boxes, pinhole: Pinhole) -> go.Scatter:
     "Wireframes on the picture."
     parts = [project_lines(lines, pinhole) for lines in box_lines(boxes.boxes)]
@@ -131,6 +133,7 @@ def png_uri(image: np.ndarray, scale: float=1.) -> str:
     picture.save(out, "PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
+# %% ../nbs/0_ground/06_draw.ipynb #a589d797
 def image_points(
     points: np.ndarray,      # (N, >=3) lidar, m
     pinhole: Pinhole,
@@ -157,6 +160,7 @@ def bev_points(points: np.ndarray) -> go.Scatter: # (N, >=3) lidar, m
     look = dict(mode="markers", name="LiDAR", showlegend=False, hoverinfo="skip")
     return go.Scatter(x=y, y=x, marker=_grey(z, 2), **look)
 
+# %% ../nbs/0_ground/06_draw.ipynb #fb62ac41
 def bev_heat(heat: np.ndarray, grid: Grid, **look) -> go.Heatmap:
     "A (Y, X) map on the ground of `grid`; NaN cells stay clear."
     if heat.shape != grid.shape[1:]:
@@ -173,6 +177,7 @@ def _at(fig: go.Figure, at: tuple[int, int] | None) -> tuple[dict, str]:
     if at is None: return {}, "x"
     return dict(row=at[0], col=at[1]), fig.get_subplot(*at).yaxis.anchor
 
+# %% ../nbs/0_ground/06_draw.ipynb #7611e06c
 def image_axes(
     fig: go.Figure,
     image: np.ndarray,                   # (H, W, 3) uint8 RGB
@@ -187,6 +192,7 @@ def image_axes(
     fig.update_yaxes(range=[H - .5, -.5], showgrid=False, constrain="domain", title="v (px)", scaleanchor=x, **panel)
     return fig
 
+# %% ../nbs/0_ground/06_draw.ipynb #e230d00f
 def bev_axes(
     fig: go.Figure,
     grid: Grid | None=None,              # what to show; default: all
@@ -205,6 +211,7 @@ def _tall(image: np.ndarray) -> int: # px on the screen
     "Height of a panel about 800 px wide that shows `image`."
     return int(np.clip(800*image.shape[0]/image.shape[1], 120, 700))
 
+# %% ../nbs/0_ground/06_draw.ipynb #642e712a
 def draw_image(
     image: np.ndarray,                              # (H, W, 3) uint8 RGB
     pinhole: Pinhole | None=None,                   # its camera; needed for boxes and points
@@ -323,6 +330,7 @@ class Saved:
     png: Path | None
     note: str = ""
 
+# %% ../nbs/0_ground/06_draw.ipynb #37131ec8
 def save(
     fig: go.Figure,
     path,                             # without suffix

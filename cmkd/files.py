@@ -39,6 +39,7 @@ def atomic(path):
         if os.path.exists(temp):
             os.unlink(temp)
 
+# %% ../nbs/0_ground/01_files.ipynb #0702ec29
 def write_json(path, value) -> None:
     "Write `value` as indented, key-ordered JSON, atomically."
     with atomic(path) as temp:

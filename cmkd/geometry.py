@@ -27,6 +27,7 @@ def lidar_to_cam(
     "One rigid motion; in KITTI's words x_cam = R0_rect Tr_velo_to_cam x_lidar."
     return homogeneous(xyz) @ pinhole.lidar_to_cam[:3].T
 
+# %% ../nbs/0_ground/04_geometry.ipynb #feaf34f8
 def cam_to_lidar(
     xyz: np.ndarray,     # (N, 3) cam, m
     pinhole: Pinhole,
@@ -43,6 +44,7 @@ def cam_to_img(
     with np.errstate(divide="ignore", invalid="ignore"): uv = p[:, :2] / p[:, 2:]
     return uv, xyz[:, 2]
 
+# %% ../nbs/0_ground/04_geometry.ipynb #abc95e1f
 def lidar_to_img(
     xyz: np.ndarray,     # (N, 3) lidar, m
     pinhole: Pinhole,
@@ -50,6 +52,7 @@ def lidar_to_img(
     "`lidar_to_cam` then `cam_to_img`."
     return cam_to_img(lidar_to_cam(xyz, pinhole), pinhole)
 
+# %% ../nbs/0_ground/04_geometry.ipynb #713d1bc6
 def img_to_cam(
     uv: np.ndarray,      # (N, 2) px
     depth: np.ndarray,   # (N,) z_cam, m
@@ -60,6 +63,7 @@ def img_to_cam(
     s = depth + bw
     return np.stack([(uv[:, 0]*s - cu*depth - bu)/fu, (uv[:, 1]*s - cv*depth - bv)/fv, depth], 1)
 
+# %% ../nbs/0_ground/04_geometry.ipynb #2a09f87e
 def img_to_lidar(
     uv: np.ndarray,      # (N, 2) px
     depth: np.ndarray,   # (N,) z_cam, m
@@ -78,6 +82,7 @@ def in_view(
     uv, depth = lidar_to_img(xyz, pinhole)
     return (depth > 0) & (uv[:, 0] >= 0) & (uv[:, 0] < size[1]) & (uv[:, 1] >= 0) & (uv[:, 1] < size[0])
 
+# %% ../nbs/0_ground/04_geometry.ipynb #53bbd970
 def depth_map(
     xyz: np.ndarray,        # (N, 3) lidar, m
     pinhole: Pinhole,
@@ -106,6 +111,7 @@ def _like(values, xyz): # xyz: array or tensor -> the same kind, dtype and devic
     "`values` as something that adds to `xyz`."
     return torch.as_tensor(values, dtype=xyz.dtype, device=xyz.device) if isinstance(xyz, Tensor) else np.array(values)
 
+# %% ../nbs/0_ground/04_geometry.ipynb #4e4f3464
 @dataclass(frozen=True)
 class Grid:
     "A box of space in the lidar frame cut into equal cells; all triples are x, y, z in metres."

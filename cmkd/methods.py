@@ -24,6 +24,7 @@ def role_of(cfg: Config, name: str) -> Role:
     choice("role", name, tuple(roles))
     return roles[name]
 
+# %% ../nbs/5_methods/57_methods.ipynb #81bc4979
 def recipe(
     method: str="cmkd",
     name: str="paper",        # of the recipe
@@ -39,6 +40,7 @@ def config_from(values: dict[str, object]) -> Config:
     if "method" not in values: raise KeyError("the config names no method")
     return restored(method_of(values["method"]).config, values)
 
+# %% ../nbs/5_methods/57_methods.ipynb #80bf02f3
 def hash_of(cfg: Config, role: str) -> str:
     "Ten hex digits that name a run of this config."
     role_of(cfg, role)

@@ -50,6 +50,7 @@ def leaves(value, name: str="") -> dict[str, Tensor]:
     for key, part in parts: out |= leaves(part, f"{name}.{key}".lstrip("."))
     return out
 
+# %% ../nbs/3_models/30_taps.ipynb #9675e8b1
 def rebuilt(named: dict[str, Tensor], kind: type=Taps):
     "The inverse of `leaves`: taps, or a value of `kind`, from its named tensors."
     if not named: return None
@@ -82,6 +83,7 @@ def mapped(value, change: Callable[[Tensor], Tensor]):
     assert is_dataclass(value), f"taps hold tensors, dataclasses and lists, not {type(value).__name__}"
     return type(value)(**{f.name: mapped(getattr(value, f.name), change) for f in fields(value)})
 
+# %% ../nbs/3_models/30_taps.ipynb #fb91ee0e
 def only(taps: Taps, names: tuple[str, ...]) -> Taps:
     "The taps that are named; one that is not shown is an error."
     return Taps(**{name: taps.need(name) for name in names})

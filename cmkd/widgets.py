@@ -45,6 +45,7 @@ def ray(
     uv = np.asarray(uv, np.float64).reshape(-1, 2)
     return img_to_lidar(np.repeat(uv, len(depth), 0), np.tile(depth, len(uv)), pinhole).reshape(len(uv), -1, 3)
 
+# %% ../nbs/0_ground/07_widgets.ipynb #fde0fc29
 def splat(
     xyz: np.ndarray,      # (N, 3) lidar, m
     weight: np.ndarray,   # (N,)
@@ -107,6 +108,7 @@ class Belief:
     size: np.ndarray          # (2,) width, height of its feature cell, px
     lidar: float              # depth of the nearest LiDAR return, a cell away at most; NaN if there is none, m
 
+# %% ../nbs/0_ground/07_widgets.ipynb #ec0738ae
 def nearest_return(frame: Frame, uv: np.ndarray, size: np.ndarray) -> float: # m
     "Depth of the LiDAR return that the picture shows nearest to `uv`, at most a cell away; NaN if there is none."
     at, depth = lidar_to_img(frame.points[:, :3], frame.views[0])
@@ -114,6 +116,7 @@ def nearest_return(frame: Frame, uv: np.ndarray, size: np.ndarray) -> float: # m
     near = np.where((depth > 0) & (off <= 1).all(1), off.sum(1), np.inf)
     return float(depth[near.argmin()]) if len(near) and np.isfinite(near.min()) else float("nan")
 
+# %% ../nbs/0_ground/07_widgets.ipynb #9f21da5d
 def belief(
     frame: Frame,
     bins: DepthBins,
@@ -147,11 +150,13 @@ def said(b: Belief, bins: DepthBins, heat: np.ndarray, temperature: float) -> st
     return (f"T = {temperature:.2f}: peak {peak:.1f} m, mean {mean:.1f} ± {spread:.1f} m; {measured}; "
             f"{heat.sum():.0%} lands on the grid, at most {heat.max():.0%} in one cell")
 
+# %% ../nbs/0_ground/07_widgets.ipynb #ee17b595
 def rings(x, y, colour: str, size: float, width: float, **look) -> go.Scatter:
     "Open circles."
     marker = dict(symbol="circle-open", size=size, color=colour, line_width=width)
     return go.Scatter(x=x, y=y, mode="markers", marker=marker, **look)
 
+# %% ../nbs/0_ground/07_widgets.ipynb #8b3fcd96
 def pixel_traces(
     frame: Frame,
     bins: DepthBins,
@@ -191,6 +196,7 @@ def panels(tall: int) -> go.Figure:
     fig.update_layout(template=TEMPLATE, width=900, height=tall + 560, bargap=0)
     return fig.update_yaxes(title="probability of the bin", range=[0, 1], row=2, col=1)
 
+# %% ../nbs/0_ground/07_widgets.ipynb #33a0080c
 def pixel_to_ground(
     frame: Frame,         # its first camera is shown
     bins: DepthBins,
@@ -257,6 +263,7 @@ def stop(label: str) -> dict:
     now = dict(mode="immediate", frame=dict(duration=0, redraw=True), transition=dict(duration=0))
     return dict(method="animate", label=label, args=[[label], now])
 
+# %% ../nbs/0_ground/07_widgets.ipynb #bf057a15
 def pixel_slides(
     frame: Frame,
     bins: DepthBins,

@@ -49,6 +49,7 @@ class _Book:
         blamed = lambda d: self.scores[d] >= threshold and self.ds[d] == COUNTS and not self.forgiven[d]
         return hits, sum(blamed(d) and d not in taken for d in range(len(self.ds)))
 
+# %% ../../nbs/6_measure/63_cost.evaluator.ipynb #af58dc99
 def by_the_book(
     labels: list[Objects],
     detections: list[Objects],

@@ -33,6 +33,7 @@ def peak_memory_mb() -> float:
     except ImportError: return float("nan")         # Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1024**2 if sys.platform == "darwin" else 1024)
 
+# %% ../../nbs/6_ledger/60_cost.measure.ipynb #5c6a4ff1
 def measure(
     fn: Callable[[], object],
     repeats: int=5,       # runs that count, after one that does not
@@ -79,6 +80,7 @@ def probe(
     finally: torch.set_num_threads(threads)
     return out
 
+# %% ../../nbs/6_ledger/60_cost.measure.ipynb #492e9c89
 def with_probe(
     frame: DataFrame,   # the lines of a benchmark
 ) -> DataFrame:         # the same, then probe_fp32 and probe_bf16, CPU seconds

@@ -43,6 +43,7 @@ class Probe:
     drawn: int  # samples that these steps have drawn
     shown: float  # bytes that teachers show of one frame
 
+# %% ../../nbs/6_measure/61_cost.memory.ipynb #9dbc66ff
 def first_steps(cfg: Config, name: str, data: Path) -> Probe:
     "The first steps of a run in this process."
     role, sets, parents = role_of(cfg, name), open_sets(cfg.data, data), {}

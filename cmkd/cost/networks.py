@@ -49,6 +49,7 @@ def apart(
     "`measure` of `make(*args)` in a process of its own, on one thread."
     with ProcessPoolExecutor(1, get_context("spawn")) as pool: return pool.submit(_apart, make, args, repeats).result()
 
+# %% ../../nbs/6_measure/60_cost.networks.ipynb #64c9620a
 def _apart(make, args: tuple, repeats: int) -> dict:
     torch.set_num_threads(1)
     fn = make(*args)
@@ -58,6 +59,7 @@ def _apart(make, args: tuple, repeats: int) -> dict:
     cost = measure(fn, repeats)
     return cost | dict(peak_mb=cost["peak_mb"] - before)
 
+# %% ../../nbs/6_measure/60_cost.networks.ipynb #031819f3
 def against(part: str, costs: dict[str, dict], note: str="") -> list[dict]: # {variant: cost}, the plain one first
     "Rows of one part, each but the first with its ratio to the first."
     first, rows = next(iter(costs.values())), []
@@ -93,6 +95,7 @@ class LiftCase:
         for t in (features, depth, matrix): t.requires_grad_(train)
         return cls(features, depth, matrix, texels, grid)
 
+# %% ../../nbs/6_measure/60_cost.networks.ipynb #337fb139
 def lift_case(variant: str, train: bool) -> Callable: # 'plain' or 'fused' -> a call
     "The lift and height collapse of recipe `paper`; with `train`, and its gradient."
     c = LiftCase.make(train)
@@ -107,6 +110,7 @@ def lift_case(variant: str, train: bool) -> Callable: # 'plain' or 'fused' -> a 
         return bev
     return call
 
+# %% ../../nbs/6_measure/60_cost.networks.ipynb #bb1dbdd7
 def lift_bench(repeats: int=3) -> DataFrame:
     "What the lift costs, forward and in training."
     rows, note = [], "beyond the rig's geometry, which is kept"
@@ -155,6 +159,7 @@ def student_case(
 
     return call
 
+# %% ../../nbs/6_measure/60_cost.networks.ipynb #8724d405
 def release_case(variant: str) -> Callable:
     "`student_case` of recipe `release`."
     return student_case(variant, name="release")
@@ -176,6 +181,7 @@ def onnx_case(*changes: str) -> Callable:
     inputs = {name: t.numpy() for name, t in inputs.items()}
     return lambda: HeadMaps(*map(torch.from_numpy, session.run(None, inputs)))
 
+# %% ../../nbs/6_measure/60_cost.networks.ipynb #8cf8773f
 def student_bench(repeats: int = 3) -> DataFrame:
     "What the student costs, one picture at a time."
     compiled = ("folded, compiled",) if shutil.which("g++") or shutil.which("clang++") else ()
@@ -210,6 +216,7 @@ def step_case(
     adam, here = optimiser(learner, cfg.full_stage), Accelerator(cpu=True)
     return lambda: step(learner, batch, adam, cfg.full_stage, (0, 10), here)
 
+# %% ../../nbs/6_measure/60_cost.networks.ipynb #13a3f72a
 def release_step(variant: str) -> Callable:
     "`step_case` of recipe `release`."
     return step_case(variant, name="release")
@@ -234,6 +241,7 @@ def counted(name: str, *changes: str) -> dict: # timm's name -> parameters (mill
     with torch.device("meta"): model = camera(recipe().override(f"student.backbone={name}", *changes))
     return dict(parameters=sum(p.numel() for p in model.parameters())/1e6, operations=counter.get_total_flops()/1e9)
 
+# %% ../../nbs/6_measure/60_cost.networks.ipynb #1a6ec93b
 def backbones_bench(repeats: int=3) -> DataFrame:
     "Table 8's models at full size, random weights."
     rows = []

@@ -51,6 +51,7 @@ def only_costs(seconds: float) -> dict: # as `measure` gives it
     "A cost that was measured once, without memory."
     return dict(n=1, cpu_median=seconds, cpu_least=seconds, cpu_most=seconds, peak_mb=None)
 
+# %% ../../nbs/6_measure/62_cost.rows.ipynb #fe522677
 def profiled(plan: Plan, steps: int=0) -> dict[str, float]: # CPU seconds of each of PARTS
     "The last leg of a plan (or its first `steps` steps), and where its time went."
     leg, learner, here = plan.legs[-1], plan.learner, Accelerator(cpu=True)
@@ -68,6 +69,7 @@ def profiled(plan: Plan, steps: int=0) -> dict[str, float]: # CPU seconds of eac
             if done == steps: break
     return clock.spent
 
+# %% ../../nbs/6_measure/62_cost.rows.ipynb #b4ed62bb
 def row_parts(cfg: Config, data: Path, parents: dict[str, Path], store: Path, steps: int=0) -> dict[str, float]:
     "`profiled` of a student on one thread."
     torch.set_num_threads(1)
@@ -142,6 +144,7 @@ def parts_bench(cfg: Config, data: Path, parents: dict[str, Path], store: Path) 
             rows.append(bench_row(f"a student's row, {part}", variant, only_costs(seconds), f"{seconds / total:.0%}"))
     return rows
 
+# %% ../../nbs/6_measure/62_cost.rows.ipynb #48d1c6d0
 def row_bench(cfg: Config, data: Path, parents: dict[str, Path], before: str = "") -> DataFrame:
     "A student's row, part by part and as whole fits, with and without unlabelled frames; beside commit `before`."
     with tempfile.TemporaryDirectory() as folder:

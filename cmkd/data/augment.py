@@ -28,10 +28,12 @@ def mirror_matrix(
     M[0] = torch.stack([-torch.ones_like(f), torch.zeros_like(f), (m - 2*c)/f, (m*w - 2*b)/f])
     return torch.linalg.inv(lidar_to_cam) @ M @ lidar_to_cam
 
+# %% ../../nbs/1_data/13_data.augment.ipynb #a1b89362
 def _moved(rows: Tensor, M: Tensor) -> Tensor:
     "x y z of each row through M; the other columns stay."
     return torch.cat([(rows[:, :3].double() @ M[:3, :3].T + M[:3, 3]).to(rows.dtype), rows[:, 3:]], 1)
 
+# %% ../../nbs/1_data/13_data.augment.ipynb #facd0ea9
 def flip_sample(sample: Sample, mirror: float=-1.) -> Sample:
     "Picture, points, depth and boxes mirrored together, for a frame of one camera; the calibration stays."
     if len(sample.images) != 1:
@@ -60,6 +62,7 @@ def turn(
     boxes[:, 6] += a
     return points, boxes
 
+# %% ../../nbs/1_data/13_data.augment.ipynb #f062b56d
 def stretch(
     points: Tensor,              # (N, 4) lidar
     boxes: Tensor,               # (M, 7) lidar
@@ -70,6 +73,7 @@ def stretch(
     k = rng.uniform(1 - most, 1 + most)
     return torch.cat([points[:, :3]*k, points[:, 3:]], 1), torch.cat([boxes[:, :6]*k, boxes[:, 6:]], 1)
 
+# %% ../../nbs/1_data/13_data.augment.ipynb #454f99a2
 def flip_along_x(
     points: Tensor,              # (N, 4) lidar
     boxes: Tensor,               # (M, 7) lidar
@@ -104,6 +108,7 @@ def student(
     if rng.random() < flip: sample = flip_sample(sample, mirror)
     return replace(sample, images=relight(sample.images, rng, photometric)) if photometric else sample
 
+# %% ../../nbs/1_data/13_data.augment.ipynb #6ccdfb13
 def teacher(
     sample: Sample,
     rng: np.random.Generator,

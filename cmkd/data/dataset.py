@@ -156,6 +156,7 @@ class Sample:
     boxes: Tensor | None    # (M, 7) float32 lidar frame; None: nobody labelled this
     labels: Tensor | None   # (M,) int64 index into the classes
 
+# %% ../../nbs/1_data/10_data.dataset.ipynb #266b1096
 def within(sample: Sample, grid: Grid) -> Sample:
     "Only points inside `grid`, and boxes whose centre is inside it seen from above (x and y)."
     points = sample.points[grid.inside(sample.points[:, :3])]
@@ -181,6 +182,7 @@ def resized(
     rig = scaled(view, (size[0]/view.size[0], size[1]/view.size[1]))
     return View(rig.camera, rig.lidar_to_cam, image, view.name)
 
+# %% ../../nbs/1_data/10_data.dataset.ipynb #b57dfb28
 def prepare(
     frame: Frame,
     classes: tuple[str, ...],                # those we learn; their order gives the labels
@@ -253,6 +255,7 @@ class Samples(Dataset):
         if self.kept is not None: self.kept[i] = sample
         return sample
 
+# %% ../../nbs/1_data/10_data.dataset.ipynb #2fcbd37f
 class _Epoch(Dataset):
     "The samples of one epoch, augmented and cut; a class, so that worker processes can pickle it."
     def __init__(self, samples: Samples, run: str, epoch: int, augment: Change | None):

@@ -71,6 +71,7 @@ def check_label(o: Objects) -> list[tuple[str, str]]: # problem, remedy
     ask(backwards, "its 2D box ends before it begins", "write left, top, right, bottom")
     return out
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #f10c9d4a
 def check_calib(c: Calibration) -> list[tuple[str, str]]: # problem, remedy
     "Rotations must rotate, and a camera must have a focal length."
     out = []
@@ -91,6 +92,7 @@ def iou_2d(
     inter = side.prod(1)
     return inter/np.maximum(area(a) + area(b) - inter, 1e-9)
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #a97f134b
 def check_boxes(o: Objects, calib: Calibration) -> list[tuple[str, str]]: # problem, remedy
     "2D boxes against projected 3D boxes, for objects in plain view; asks no picture, whose size may be wrong."
     o = o[(o.names != "DontCare") & (o.truncation <= 0) & (o.occlusion <= 1)]
@@ -101,6 +103,7 @@ def check_boxes(o: Objects, calib: Calibration) -> list[tuple[str, str]]: # prob
     return [(f"its 2D boxes and its projected 3D boxes do not overlap (median IoU {median:.2f})",
              "check that label and calib are of this frame")]
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #8fe154d3
 def check_points(o: Objects, calib: Calibration, points: np.ndarray) -> list[tuple[str, str]]: # problem, remedy
     "Most objects within 25 m in plain view must hold points in the upper 70 % of their box (below lies road)."
     plain = (o.truncation < .3) & (o.occlusion <= 1) & (o.occlusion >= 0)
@@ -129,6 +132,7 @@ class Facts:
     image_hash: str
     sweep_hash: str
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #b23efc4c
 @dataclass(frozen=True)
 class Read:
     "What could be read of a frame; a broken file is None."
@@ -137,6 +141,7 @@ class Read:
     calib: Calibration | None = None
     objects: Objects | None = None
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #4d28afda
 def facts_of(id: str, folder: str, read: Read) -> Facts:
     "Measure a frame."
     image, points, calib, objects = read.image, read.points, read.calib, read.objects
@@ -167,6 +172,7 @@ def read_all(root: Path, id: str, folder: str, labelled: bool) -> tuple[Read, li
         except (OSError, ValueError) as e: found.append(said(e, path, root))
     return Read(**got), found
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #7cba478c
 def look(root, id: str, folder: str="training", labelled: bool=True) -> tuple[Facts, list[Finding]]:
     "Read and check the files of one frame; `labelled=False` does not miss a label file."
     root = Path(root)
@@ -216,6 +222,7 @@ def check_size(f: Facts, sizes: Counter) -> Finding | None:
     problem = f"2D boxes reach to ({right:.0f}, {bottom:.0f}) in a picture of {W} x {H} px"
     return Finding(label if true else image, problem, "check that picture and label are of this frame")
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #883de17d
 def check_sizes(facts: list[Facts]) -> list[Finding]:
     "Pictures whose size does not fit their calibration, the other frames or their own labels."
     rigs, known = defaultdict(Counter), [f for f in facts if f.size and f.P2 is not None]
@@ -239,6 +246,7 @@ def check_sweeps(facts: list[Facts]) -> list[Finding]:
         elif f.points < .6*count: out.append(Finding(path, few, AGAIN))
     return out
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #71c0b42c
 def check_copies(facts: list[Facts]) -> list[Finding]:
     "One picture or one sweep under two ids."
     out, remedy = [], "copy the right file, or take one of the two ids out of every split"
@@ -267,6 +275,7 @@ def has_files(root, id: str, folder: str) -> bool:
     "Is there any file of this frame?"
     return any(frame_path(root, kind, id, folder).exists() for kind in READERS)
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #5f81604f
 def check_split(root, name: str, ids: list[str]) -> list[Finding]:
     "An empty split, ids listed twice, ids without files."
     out, file, folder = [], f"ImageSets/{name}.txt", folder_of(root, name)
@@ -282,6 +291,7 @@ def check_split(root, name: str, ids: list[str]) -> list[Finding]:
         out.append(Finding(file, problem, "copy these frames, or remove the lines"))
     return out
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #a4a2ea2d
 def check_leaks(root, judged: str, splits: dict[str, list[str]]) -> list[Finding]:
     "Frames of the split `judged` that another split learns from."
     out = []
@@ -293,6 +303,7 @@ def check_leaks(root, judged: str, splits: dict[str, list[str]]) -> list[Finding
             out.append(Finding(f"ImageSets/{other}.txt", problem, f"a leak: remove them from {other}"))
     return out
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #0b085a71
 def check_splits(root, splits: dict[str, list[str]]) -> list[Finding]:
     "Empty splits, ids listed twice, ids without files, and leaks."
     out = []
@@ -313,6 +324,7 @@ def frames_of(root) -> dict[tuple[str, str], bool]: # (folder, id) -> must it ha
     if not out: out = {("training", p.stem): True for p in sorted((root/"training"/"image_2").glob("*.png"))}
     return {(folder, i): wants for (folder, i), wants in out.items() if has_files(root, i, folder)}
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #6bf6b911
 def summary_of(root, facts: list[Facts], splits: dict[str, list[str]], found: list[Finding]) -> dict:
     "Counts worth a glance."
     def spread(values):
@@ -326,6 +338,7 @@ def summary_of(root, facts: list[Facts], splits: dict[str, list[str]], found: li
         points=spread([f.points for f in facts if f.points]), points_in_view=spread([f.seen for f in facts if f.seen]),
         calibrations=len({f.P2.tobytes() for f in facts if f.P2 is not None}))
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #4f1346ff
 def examine(root) -> tuple[list[Finding], dict]:
     "Read every frame of every split of a KITTI folder: what is wrong, and what is there."
     root = Path(root)
@@ -355,6 +368,7 @@ def as_text(found: list[Finding], summary: dict) -> str:
     lines = [f"{k}: {json.dumps(v) if isinstance(v, dict) else v}" for k, v in summary.items()]
     return "\n".join(lines + [f"- {f}" for f in found] + ([] if found else ["healthy: nothing found"])) + "\n"
 
+# %% ../../nbs/1_data/15_data.doctor.ipynb #33e6d3f0
 def report(
     root,              # the folder that holds ImageSets and training
     out=None,          # where to write summary.json, findings.csv and pictures; None writes nothing

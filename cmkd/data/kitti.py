@@ -60,6 +60,7 @@ def _is_number(text: str) -> bool:
     except ValueError: return False
     return True
 
+# %% ../../nbs/1_data/11_data.kitti.ipynb #54a0733f
 def _rows(path) -> list[tuple[int, list[str]]]: # (line number, columns)
     "The rows of a label or detection file, all of one width."
     rows = [(n, line.split()) for n, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
@@ -86,6 +87,7 @@ def _values(path, rows: list[tuple[int, list[str]]]) -> np.ndarray: # (M, 14 or 
         raise ValueError(f"{path} line {rows[i][0]}: {told}, copy the file again")
     return values
 
+# %% ../../nbs/1_data/11_data.kitti.ipynb #e93456dc
 def read_label(path) -> Objects:
     "A label file (15 columns) or a detection file (16): KITTI devkit readme."
     rows = _rows(path)
@@ -163,6 +165,7 @@ def read_matrices(
         out.append(values.reshape(shape))
     return out
 
+# %% ../../nbs/1_data/11_data.kitti.ipynb #677291cb
 def read_calib(path) -> Calibration:
     "P2, R0_rect and Tr_velo_to_cam of an object calibration file."
     return Calibration(*read_matrices(path, dict(P2=(3, 4), R0_rect=(3, 3), Tr_velo_to_cam=(3, 4))))
@@ -187,6 +190,7 @@ def read_points(path) -> np.ndarray: # (N, 4) float32 x y z reflectance, lidar f
         raise ValueError(f"{path}: point {np.argwhere(~np.isfinite(points))[0, 0]} is not finite; copy the file again")
     return points
 
+# %% ../../nbs/1_data/11_data.kitti.ipynb #1212d498
 def write_points(path, points: np.ndarray) -> None:
     "Write (N, 4) x y z reflectance as float32, atomically."
     if points.ndim != 2 or points.shape[1] != 4:
@@ -201,6 +205,7 @@ def read_image(path) -> np.ndarray: # (H, W, 3) uint8 RGB
     except (OSError, SyntaxError, ValueError) as e:
         raise ValueError(f"{path}: not a readable picture ({e}); copy it again") from None
 
+# %% ../../nbs/1_data/11_data.kitti.ipynb #7f63c1ce
 def write_image(path, image: np.ndarray) -> None:
     "Write (H, W, 3) uint8 RGB in the format of the file's suffix, atomically."
     with atomic(path) as temp: Image.fromarray(image).save(temp)
@@ -233,6 +238,7 @@ def to_boxes(objects: Objects, pinhole: Pinhole) -> Boxes:
     boxes = np.column_stack([centre, o.dimensions[:, [2, 1, 0]], wrapped(-o.rotation_y - np.pi/2)])
     return Boxes(boxes, o.names, o.scores, o.boxes2d, o.truncation, o.occlusion, o.alpha)
 
+# %% ../../nbs/1_data/11_data.kitti.ipynb #86ed524b
 def cam_corners(objects: Objects) -> np.ndarray: # (M, 8, 3) rectified cam, m; 4 bottom corners in a ring, 4 above them
     "The corners of each camera box: R_y(rotation_y) (+-l/2, 0 or -h, +-w/2) + location (KITTI devkit)."
     h, w, l = np.asarray(objects.dimensions, np.float64).T[:, :, None]
@@ -285,6 +291,7 @@ def frame_path(root, kind: str, id: str, folder: str = "training") -> Path:
     "Where a frame's `image_2`, `velodyne`, `calib` or `label_2` file lies."
     return Path(root) / folder / kind / f"{id}{FILES[kind]}"
 
+# %% ../../nbs/1_data/11_data.kitti.ipynb #2e64b143
 def write_frame(
     root,
     frame: Frame,
@@ -302,6 +309,7 @@ def write_frame(
     if frame.objects is not None:
         write_label(path("label_2"), to_objects(frame.objects, view, view.size))
 
+# %% ../../nbs/1_data/11_data.kitti.ipynb #9ad1ae35
 def read_frame(root, id: str, subset: str = "training", labelled: bool = True) -> Frame:
     "Read one frame; `labelled=False` does not touch the label file."
     path = lambda kind: frame_path(root, kind, id, subset)
@@ -346,6 +354,7 @@ def write_detections(
     if boxes.scores is None: raise ValueError(f"detections of {id}: boxes have no scores")
     write_label(Path(folder)/f"{id}.txt", visible(to_objects(boxes, pinhole, size)))
 
+# %% ../../nbs/1_data/11_data.kitti.ipynb #8c966687
 def read_detections(folder, id: str) -> Objects:
     "One detection file; an empty one holds no detections."
     path = Path(folder)/f"{id}.txt"
@@ -354,6 +363,7 @@ def read_detections(folder, id: str) -> Objects:
     if objects.scores is None: raise ValueError(f"{path}: 15 columns, a detection has a score as its 16th")
     return objects
 
+# %% ../../nbs/1_data/11_data.kitti.ipynb #682121b2
 def submission(
     folder,        # of detection files
     zip_path,

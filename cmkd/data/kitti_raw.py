@@ -25,6 +25,7 @@ def raw_id(text: str) -> str:
     if not m: raise ValueError(f"{text!r} names no raw frame; write 2011_09_26_drive_0005_sync/0000000050")
     return f"{m[1]}/{m[2]}"
 
+# %% ../../nbs/1_data/12_data.kitti_raw.ipynb #b3093b82
 def read_raw_list(path) -> tuple[str, ...]:
     "The ids of a list file, one frame a line, in order (`eigen_clean.txt`: the paper's 14,940 frames *Eigen clean*)."
     ids = []
@@ -57,6 +58,7 @@ def drive_ids(root, *drives: str) -> tuple[str, ...]:
     if not out: raise ValueError(f"{root}: no raw frame with a picture and a sweep")
     return tuple(out)
 
+# %% ../../nbs/1_data/12_data.kitti_raw.ipynb #58f3a6dc
 class KittiRaw(FrameSet):
     "Unlabelled frames of raw drives; ids default to everything under `root`."
     content = "calibration; sizes of image and point files"
@@ -85,6 +87,7 @@ def object_to_raw(path) -> dict[str, str]:
     "KITTI 3D id -> raw id, from a JSON file of id: [date, drive, frame]."
     return {i: raw_id(f"{drive}/{frame}") for i, (_, drive, frame) in json.loads(Path(path).read_text()).items()}
 
+# %% ../../nbs/1_data/12_data.kitti_raw.ipynb #e7e3afcc
 def split_leaks(
     raw_ids,                  # what would be learned from
     val_ids,                  # KITTI 3D ids that are judged on
@@ -103,6 +106,7 @@ def split_leaks(
         where.append(i)
     return clean, same, near
 
+# %% ../../nbs/1_data/12_data.kitti_raw.ipynb #61b0c130
 def refuse_overlap(raw_ids, val_ids, mapping: dict[str, str]) -> None:
     "Raise if a raw frame is a validation frame or comes from a drive that holds one."
     _, same, near = split_leaks(raw_ids, val_ids, mapping)

@@ -29,6 +29,7 @@ class Street(Kitti):
             raise ValueError(f"{mark}: this is street {made['seed']}, data.world asks for {seed}; name another folder")
         self.height_scale = made["width"]/1242
 
+# %% ../../nbs/1_data/14_data.sets.ipynb #3f87d388
 def kitti(root, split: str, labelled: bool=True, seed: int=0) -> Kitti:
     "A split of KITTI; a folder that the embedded street wrote is refused."
     if (Path(root)/"world.json").exists():
@@ -78,6 +79,7 @@ class Sets:
         "Everything a student learns from."
         return self.train if self.unlabelled is None else Joined(self.train, self.unlabelled)
 
+# %% ../../nbs/1_data/14_data.sets.ipynb #166b334c
 def first(frames: FrameSet, count: int) -> FrameSet:
     "The first `count` frames; 0 is all of them."
     if count > len(frames):
@@ -85,6 +87,7 @@ def first(frames: FrameSet, count: int) -> FrameSet:
                          "make more, or lower the count")
     return frames.subset(slice(count)) if count else frames
 
+# %% ../../nbs/1_data/14_data.sets.ipynb #f8292926
 def open_unlabelled(data: Data, root: Path, val: FrameSet) -> FrameSet:
     "The list `ImageSets/<data.unlabelled>.txt`, or for 'raw' the drives in `kitti_raw` beside `root`."
     if data.unlabelled != "raw": return KINDS[data.kind](root, data.unlabelled, False, data.world)
@@ -97,6 +100,7 @@ def open_unlabelled(data: Data, root: Path, val: FrameSet) -> FrameSet:
     refuse_overlap(frames.ids, val.ids, object_to_raw(mapping))
     return frames
 
+# %% ../../nbs/1_data/14_data.sets.ipynb #9c2759e5
 def open_sets(data: Data, root: Path) -> Sets:
     "The sets that `data` names under `root` (KITTI's layout); a frame shared with val is an error."
     root, read = Path(root), KINDS[data.kind]

@@ -160,6 +160,7 @@ def distiller(cfg: Config, student) -> CMKD:
     "The distiller of a config."
     return CMKD(cfg.distill, cfg.head, student.anchors, cfg.data.classes, cfg.space, cfg.depth, cfg.load_head)
 
+# %% ../../nbs/5_methods/50_distill.cmkd.ipynb #5457769c
 def fields(cfg: Config) -> tuple[str, ...]:
     "What the distiller reads."
     d = cfg.distill

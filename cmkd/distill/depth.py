@@ -23,6 +23,7 @@ def boxes_in_views(batch: Batch) -> list[Tensor]: # B*K x (M, 4) left top right 
             else: out.append(rectangles(corners(boxes).float() @ pose[:3, :3].T + pose[:3, 3], camera))
     return out
 
+# %% ../../nbs/5_distill/53_distill.depth.ipynb #a36e0689
 def depth_term(
     logits: Tensor,   # (B*K, D + 1, h, w)
     batch: Batch,

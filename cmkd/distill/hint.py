@@ -34,6 +34,7 @@ class Hint:
 
     def __post_init__(self): choice("distill.tap", self.tap, TAPS)
 
+# %% ../../nbs/5_methods/51_distill.hint.ipynb #56fd4c97
 class Hinted(Distiller):
     "FitNets Eq. (3) through a 1 x 1 adapter that trains with the student, and labels."
     needs_labels = True

@@ -25,6 +25,7 @@ class Logits:
     score: float = .1
     losses: Losses = Losses()
 
+# %% ../../nbs/5_methods/52_distill.logits.ipynb #f80218ab
 class Copied(Distiller):
     "The teacher's maps, anchor by anchor; a soft class target everywhere, boxes where the teacher sees something."
     student_taps, teacher_taps = ("head",), {"teacher": ("head",)}

@@ -60,6 +60,7 @@ def may_lack(role: str, state: dict[str, Tensor], want: dict[str, Tensor]) -> li
     may = lambda k: k.endswith(".num_batches_tracked") or first_stage and k.startswith(DETECTOR)
     return [k for k in want if k not in state and may(k)]
 
+# %% ../../nbs/5_methods/58_distill.released.ipynb #fc2daf30
 def read_released(path, *changes: str) -> Released:  # changes: overrides of what the shapes do not tell
     "A checkpoint of CMKD, OpenPCDet's SECOND or CaDDN, renamed and checked; one error names all that does not fit."
     state, other = unwrapped(model_state(path))
@@ -103,6 +104,7 @@ def save_released(cfg: Config, role: str, network: nn.Module, path) -> None:
     with atomic(path) as temp, open(temp, "wb") as f:
         torch.save(whole, f)
 
+# %% ../../nbs/5_methods/58_distill.released.ipynb #39a78d3a
 def assembled(found: Released) -> nn.Module:
     "The network with these weights, in eval mode; what the file does not have is drawn with seed 0."
     with torch.random.fork_rng(devices=[]):
@@ -138,6 +140,7 @@ def convert(path, folder, *changes: str) -> Released:
     write_json(folder / "config.json", about)
     return found
 
+# %% ../../nbs/5_methods/58_distill.released.ipynb #a70cd77b
 def load_converted(folder) -> tuple[Config, str, nn.Module]:
     "Config, role and network, in eval mode, that `convert` wrote."
     folder = Path(folder)
@@ -152,6 +155,7 @@ def load_converted(folder) -> tuple[Config, str, nn.Module]:
         ) from e
     return cfg, role, network.eval()
 
+# %% ../../nbs/5_methods/58_distill.released.ipynb #f4dd7dec
 def summary(found: Released) -> str:
     "What was done with every key, and the config that came out, as text."
     fields = [f"{k}={v}" for k, _, v in recipe(name="release").diff(found.config)]

@@ -84,6 +84,7 @@ def targets(batch: Batch) -> list[Found | None]:
     "The labels of each frame as something found without doubt; None where nobody labelled."
     return [None if b is None else Found.labelled(b, l) for b, l in zip(batch.boxes, batch.labels, strict=True)]
 
+# %% ../../nbs/5_distill/54_distill.roles.ipynb #a9539580
 def teacher_plan(cfg: MonoConfig, work: Work) -> Plan:
     "One leg: detection losses on labels."
     seed_everything(work.run, "init")
@@ -95,6 +96,7 @@ def teacher_plan(cfg: MonoConfig, work: Work) -> Plan:
     leg = Leg("teacher", stage, stage.length(fed.per_epoch), fed.batches, fed.per_epoch, losses)
     return Plan(Learner(model), [leg])
 
+# %% ../../nbs/5_distill/54_distill.roles.ipynb #2804182b
 def teacher_fields(cfg: MonoConfig) -> tuple[str, ...]:
     "What a teacher depends on: nothing of pictures."
     space = ("low", "high", "lidar_voxel", "bev_cell", "max_points", "max_voxels")
@@ -130,10 +132,12 @@ def image_branch(cfg: MonoConfig) -> ImageBranch:
     "The image branch, drawn at random."
     return ImageBranch(cfg.student, cfg.space.depth_bins)
 
+# %% ../../nbs/5_distill/54_distill.roles.ipynb #c9051c8f
 def student_change(data: Data):
     "The student's augmentation, and the teacher's while it is distilled: both see the same mirror."
     return partial(augment.student, flip=data.flip, mirror=data.mirror, photometric=data.photometric)
 
+# %% ../../nbs/5_distill/54_distill.roles.ipynb #d75ff2e1
 def depth_plan(cfg: MonoConfig, work: Work) -> Plan:
     "One leg: the depth loss."
     seed_everything(work.run, "init")
@@ -150,6 +154,7 @@ def depth_plan(cfg: MonoConfig, work: Work) -> Plan:
     leg = Leg("depth", stage, stage.length(fed.per_epoch), fed.batches, fed.per_epoch, losses)
     return Plan(Learner(model), [leg])
 
+# %% ../../nbs/5_distill/54_distill.roles.ipynb #2f6a0ee2
 def depth_fields(cfg: MonoConfig) -> tuple[str, ...]:
     "What depth pre-training depends on: nothing of the teacher, nothing behind the image branch."
     return READ + SEEN + IMAGE + ("seed", "student.initial", "depth.") + stage_fields(cfg.depth_stage, "depth_stage")
@@ -203,6 +208,7 @@ def askers(
         out[role] = Asked(teachers[role], names, distiller.soft, told, store=store, frames=2 * frames)
     return out
 
+# %% ../../nbs/5_distill/54_distill.roles.ipynb #7ca12141
 def new_student(cfg: MonoConfig, work: Work) -> CameraDetector:
     "The student before its first step."
     seed_everything(work.run, "init")
@@ -246,6 +252,7 @@ def student_plan(cfg: MonoConfig, work: Work, pupil: Pupil) -> Plan:
         distiller.check(model.to(where).eval()(one), show(one), one)
     return Plan(Learner(model, distiller), legs, lambda: counted(asked), lambda: remembered(asked))
 
+# %% ../../nbs/5_distill/54_distill.roles.ipynb #16e86d13
 def counted(asked: dict[str, Asked]) -> dict[str, int]:
     "How many frames teachers were asked for, and how many of them an earlier student had paid for."
     stores = [a.store for a in asked.values() if a.store]

@@ -28,6 +28,7 @@ def packed(named: dict[str, Tensor]) -> bytes:
         out[f"{name}/values"] = flat[some]
     return save(out)
 
+# %% ../../nbs/5_distill/51_distill.store.ipynb #906bfe92
 def unpacked(data: bytes) -> dict[str, Tensor]:
     "The tensors of `packed`; maps of four dimensions come channels last, as the teacher makes them."
     kept, out = load(data), {}

@@ -42,6 +42,7 @@ def counts(words: tuple[str, ...]) -> dict[str, int]:
     if any(n < 1 for n in out.values()): raise ValueError("--splits: a split needs at least one frame")
     return out
 
+# %% ../../nbs/7_doors/72_doors.data.ipynb #6eaef9ff
 def world(
     out: Path,
     /, *,

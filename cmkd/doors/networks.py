@@ -40,6 +40,7 @@ def train(*, experiment: Experiment = Experiment(), role: str = "student", seed:
     if run.record["ap"]: print(ap_table(run, banner(cfg.scale)))
     print(f"run: {run.folder}")
 
+# %% ../../nbs/7_doors/73_doors.networks.ipynb #c481cca4
 def memory(*, experiment: Experiment = Experiment(), role: str = "student") -> None:
     """What memory a run will need.
 
@@ -67,6 +68,7 @@ def student_in(folder: Path) -> "Trained":
                          "cmkd train --role student")
     return found
 
+# %% ../../nbs/7_doors/73_doors.networks.ipynb #63fab407
 def draw(fig: "go.Figure", path: Path) -> list[Path]:
     "The figure as a page, and as a PNG where the optional package kaleido is installed."
     page, png = path.with_suffix(".html"), path.with_suffix(".png")

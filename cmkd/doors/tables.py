@@ -39,6 +39,7 @@ def wanted(experiment: Experiment, names, **more) -> dict: # parameter -> value
     values = dict(method=cfg.method, recipe=cfg.recipe, scale=cfg.scale, overrides=list(experiment.changes()), **more)
     return {k: v for k, v in values.items() if k in names or k not in USUAL or v != USUAL[k]}
 
+# %% ../../nbs/7_doors/74_doors.tables.ipynb #14d13a60
 def made(book: Path, experiment: Experiment, **more) -> Path:
     "The executed notebook of a table."
     from cmkd.ledger.notebooks import asked, declared, run_notebook
@@ -78,6 +79,7 @@ def table(
     print(printed(out))
     print(f"\nexecuted notebook: {out}\ntables and figures: {results/'tables'}, {results/'figures'}")
 
+# %% ../../nbs/7_doors/74_doors.tables.ipynb #bb9df9a9
 def run(
     *,
     experiment: Experiment = Experiment(),
@@ -105,6 +107,7 @@ def of_networks(name: str, repeats: int) -> "DataFrame":
     benches = dict(lift=lift_bench, student=student_bench, step=step_bench, backbones=backbones_bench)
     return benches[name](repeats)
 
+# %% ../../nbs/7_doors/74_doors.tables.ipynb #1efcbe64
 def of_runs(name: str, before: str) -> "DataFrame":
     "A benchmark of scale mini: its config, world and runs, made first where they are not here."
     from cmkd.cost.rows import memory_bench, precision_bench, row_bench
@@ -120,6 +123,7 @@ def of_runs(name: str, before: str) -> "DataFrame":
     if name == "precision": return precision_bench(fitted("student"), open_sets(cfg.data, data).val)
     return row_bench(cfg, data, {role: fitted(role).weights for role in parents(cfg, "student")}, before)
 
+# %% ../../nbs/7_doors/74_doors.tables.ipynb #abcc643a
 def of_evaluator(labels: Path | None, ids: Path | None, repeats: int) -> "DataFrame":
     "What an evaluation costs, on label files or on made-up streets."
     from cmkd.cost.evaluator import evaluator
@@ -144,6 +148,7 @@ def kept(name: str, found: "DataFrame", command: str) -> str: # what to print
     text = found.to_string(index=False, float_format="%.3g")
     return f"{text}\none thread of {cpu}, torch {torch}: {path}"
 
+# %% ../../nbs/7_doors/74_doors.tables.ipynb #9c90cafe
 def bench(
     name: Bench,
     /, *,

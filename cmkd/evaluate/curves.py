@@ -36,6 +36,7 @@ def score_thresholds(
         kept.append(i)
     return scores[kept]
 
+# %% ../../nbs/4_evaluate/43_evaluate.curves.ipynb #d77cf4d2
 def average_precision(
     precision: np.ndarray,  # (41,) at recall 0, 1/40, ..., 1; never rising
     recall: str="R40",      # or 'R11'
@@ -101,6 +102,7 @@ def _falling(values: np.ndarray) -> np.ndarray:
     out = np.append(values, np.zeros(SAMPLES - len(values)))
     return np.maximum.accumulate(out[::-1])[::-1]
 
+# %% ../../nbs/4_evaluate/43_evaluate.curves.ipynb #e7a01686
 def curve_of(
     c: Contest,
     weights: np.ndarray | None=None,   # (frames,) how often each frame is counted; None: once

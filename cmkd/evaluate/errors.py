@@ -39,6 +39,7 @@ def by_distance(
         parts.append(found.assign(near=near, far=far, objects=[count[k] for k in of_row]))
     return concat(parts, ignore_index=True)
 
+# %% ../../nbs/4_evaluate/46_evaluate.errors.ipynb #d7886690
 def distance_table(
     results: DataFrame,            # of `by_distance`
     metric: str="3D",
@@ -136,6 +137,7 @@ def confusion(
         rows += [(c.cls, "box", *r) for r in c.boxes(by_box)]
     return DataFrame(rows, columns=["class", "of", "outcome", "n"])
 
+# %% ../../nbs/4_evaluate/46_evaluate.errors.ipynb #33aeede8
 def confusion_table(
     counts: DataFrame,   # of `confusion`
     of: str="object",    # or 'box'

@@ -28,6 +28,7 @@ def _named(ids: list[str], detected: set[str], folder: Path, allow_missing: bool
                                 "missing); write an empty file for a frame where nothing was found")
     return ids
 
+# %% ../../nbs/4_evaluate/45_evaluate.folders.ipynb #be4f2b72
 def _frames(labels_dir: Path, detections_dir: Path, ids, allow_missing: bool) -> list[str]: # names without .txt
     "The frames to evaluate."
     for folder in (labels_dir, detections_dir):
@@ -65,6 +66,7 @@ def read_folders(
     check(labels, detections, files)
     return labels, detections
 
+# %% ../../nbs/4_evaluate/45_evaluate.folders.ipynb #0bde7773
 def evaluate_folders(
     labels_dir,
     detections_dir,

@@ -47,6 +47,7 @@ def _bad_row(o: Objects) -> tuple[int, str] | None: # row, what is wrong
             return row, f"{name} is {' '.join(f'{v:g}' for v in values[row])}, it must be {need}"
     return None
 
+# %% ../../nbs/4_evaluate/44_evaluate.kitti.ipynb #c883c7a5
 def check(
     labels: list[Objects],
     detections: list[Objects],
@@ -78,6 +79,7 @@ def _percentiles(values: list[float], level: float) -> tuple[float, float] | Non
     "The middle `level` of the values."
     return tuple(np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()) if values else None
 
+# %% ../../nbs/4_evaluate/44_evaluate.kitti.ipynb #db84fbfa
 def _judged(classes: tuple[str, ...], thresholds: dict) -> None:
     "An error if somebody asks for a class without an IoU."
     for strict, ious in thresholds.items():

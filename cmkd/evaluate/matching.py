@@ -29,6 +29,7 @@ def gt_status(
     ours, alike = names == cls.lower(), names == _ALIKE.get(cls.lower(), "")
     return np.where(ours & ~hard, COUNTS, np.where(ours | alike, IGNORED, ABSENT))
 
+# %% ../../nbs/4_evaluate/42_evaluate.matching.ipynb #cc9a40e2
 def det_status(
     det: Objects,
     cls: str,
@@ -49,6 +50,7 @@ def _rounds(g: np.ndarray, d: np.ndarray, frame: np.ndarray) -> np.ndarray:
     start, same = np.unique(frame[first], return_index=True, return_inverse=True)[1:]
     return np.where(contested, count - (count - contested)[start][same], 0)[of]
 
+# %% ../../nbs/4_evaluate/42_evaluate.matching.ipynb #c6860dfc
 def match(
     g: np.ndarray,           # (P,) ground truth of each pair, rising
     d: np.ndarray,           # (P,) detection of each pair; within a ground truth the best comes first

@@ -38,6 +38,7 @@ def _seen(found: dict[str, Boxes], frame: Frame) -> Objects:
     view = frame.views[0]
     return visible(to_objects(found[frame.id], view, view.size))
 
+# %% ../../nbs/4_evaluate/47_evaluate.metrics.ipynb #256e9ff3
 def kitti_ap(
     found: dict[str, Boxes],    # frame id -> what was found there, with scores
     frames: FrameSet,           # labelled

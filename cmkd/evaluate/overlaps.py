@@ -42,6 +42,7 @@ def _stack(tables: list[Objects], scored: bool) -> tuple[Objects, np.ndarray]:
     columns["names"] = np.char.lower(columns["names"])
     return Objects(**columns), frame
 
+# %% ../../nbs/4_evaluate/41_evaluate.overlaps.ipynb #b494dac7
 def _same_frame(a: np.ndarray, b: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray]:
     "Every (row of a, row of b) in the same frame; both are given as rising frame numbers."
     count = np.bincount(b, minlength=frames)
@@ -61,6 +62,7 @@ def _upright(o: Objects, rows: np.ndarray) -> np.ndarray: # (N, 7) with x, -z, -
     (x, y, z), (h, w, l) = o.locations[rows].T, o.dimensions[rows].T
     return np.column_stack([x, -z, h/2 - y, l, w, h, o.rotation_y[rows]])
 
+# %% ../../nbs/4_evaluate/41_evaluate.overlaps.ipynb #e131f00d
 def _shared_3d(gt: Objects, det: Objects, g: np.ndarray, d: np.ndarray) -> dict:
     "BEV and 3D IoU of the pairs whose circumscribed circles meet."
     apart = gt.locations[g][:, [0, 2]] - det.locations[d][:, [0, 2]]

@@ -34,6 +34,7 @@ def placed(
     return Objects(np.array([name]), np.array([truncation]), np.array([occlusion]), np.array([alpha]),
                    np.array([box], float), np.array([[1.5, 2, 4]]), np.array([[x, 1.6, z]]), np.array([turn]), scores)
 
+# %% ../../nbs/4_evaluate/40_evaluate.streets.ipynb #69513b88
 def joined(
     *tables: Objects,   # all with scores, or none
 ) -> Objects:
@@ -59,6 +60,7 @@ PICTURE = (375, 1242)  # height, width, px
 def _area(boxes2d: np.ndarray) -> np.ndarray:  # (M, 4) -> (M,) px^2
     return (boxes2d[:, 2] - boxes2d[:, 0]) * (boxes2d[:, 3] - boxes2d[:, 1])
 
+# %% ../../nbs/4_evaluate/40_evaluate.streets.ipynb #b215daa7
 def _seen(o: Objects) -> Objects:
     "The same objects with this camera's 2D boxes and truncation; a DontCare region keeps nothing but its 2D box."
     whole = rectangles(torch.from_numpy(cam_corners(o)), torch.from_numpy(P2)).numpy()
@@ -117,6 +119,7 @@ def _picked(
     why = np.repeat(np.arange(4), [len(found), len(twice), len(false), len(region)])
     return pick, why, np.where(why == 2, dice.integers(max(frames, 1), size=len(pick)), frame[pick])
 
+# %% ../../nbs/4_evaluate/40_evaluate.streets.ipynb #064636a4
 def _called(names: np.ndarray, dice) -> np.ndarray:
     "What the detector calls them: one of `SAID`, a few wrong."
     alike = [names == "Van", names == "Person_sitting", names == "DontCare"]
@@ -134,6 +137,7 @@ def _standing(o: Objects, free: np.ndarray) -> Objects: # free (N,) bool: a Dont
     alpha, turn = np.where(free, 0, o.alpha), np.where(free, 0, o.rotation_y)
     return Objects(o.names, o.truncation, o.occlusion, alpha, o.boxes2d, size, place, turn)
 
+# %% ../../nbs/4_evaluate/40_evaluate.streets.ipynb #510adf2f
 def _worse(o: Objects, why: np.ndarray, dice) -> Objects:
     "The boxes as a detector would place and score them."
     n, height = len(o), o.boxes2d[:, 3] - o.boxes2d[:, 1]

@@ -64,6 +64,7 @@ def make_anchors(
     place = torch.stack([x, y], -1)[:, :, None].expand(-1, -1, len(kinds), -1)
     return torch.cat([place, kinds.expand(*shape, -1, -1)], -1)
 
+# %% ../../nbs/2_layers/27_layers.anchors.ipynb #eca04801
 def anchor_class(head: Head) -> Tensor:  # (A,) int64
     "The class of each of a cell's anchors."
     return torch.arange(len(head.sizes)).repeat_interleave(len(head.rotations))
@@ -76,6 +77,7 @@ class Targets:
     labels: Tensor  # (B, Y, X, A) int64: -1 ignored, 0 background, 1 + class
     box_index: Tensor  # (B, Y, X, A) int64 row of the matched box in its frame; -1 unless positive
 
+# %% ../../nbs/2_layers/27_layers.anchors.ipynb #f3964fe2
 @torch.no_grad()
 def assign(
     anchors: Tensor,  # (Y, X, A, 7) lidar

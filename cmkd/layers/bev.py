@@ -27,6 +27,7 @@ class Bev:
     up_strides: tuple[int, ...] = (1, 2)
     up_filters: tuple[int, ...] = (256, 256)
 
+# %% ../../nbs/2_layers/23_layers.bev.ipynb #78331da0
 def conv_norm(cin: int, cout: int, stride: int = 1, zero_pad: bool = False) -> list[nn.Module]:
     "3x3 convolution, norm, ReLU with SECOND's batch norm settings."
     pad = [nn.ZeroPad2d(1)] if zero_pad else []
@@ -37,6 +38,7 @@ def conv_norm(cin: int, cout: int, stride: int = 1, zero_pad: bool = False) -> l
         nn.ReLU(),
     ]
 
+# %% ../../nbs/2_layers/23_layers.bev.ipynb #33fe35e2
 class BevBackbone(nn.Module):
     "SECOND's 2D backbone: (B, C, Y, X) -> (B, sum(up_filters), Y, X)."
 

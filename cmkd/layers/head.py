@@ -30,6 +30,7 @@ class HeadMaps:
         rows = lambda t: t.permute(0, 2, 3, 1).reshape(B, Y*X*(channels//7), -1)
         return rows(self.cls).float(), rows(self.box), rows(self.dir)
 
+# %% ../../nbs/2_layers/28_layers.head.ipynb #9428cca0
 class AnchorHead(nn.Module):
     "SECOND's single head, shared by teacher and student (section 4.2)."
     def __init__(self, in_channels: int, head: Head):
@@ -57,6 +58,7 @@ def decode_with_direction(
     turn = wrap(boxes[..., 6:] - head.direction_offset, half, 0) + head.direction_offset
     return torch.cat([boxes[..., :6], turn + half*directions.argmax(-1, keepdim=True)], -1)
 
+# %% ../../nbs/2_layers/28_layers.head.ipynb #26d5d53a
 def decode_boxes(
     maps: HeadMaps,
     anchors: Tensor,  # (Y, X, A, 7) lidar

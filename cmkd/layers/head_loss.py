@@ -37,6 +37,7 @@ class Losses:
         choice("losses.targets", self.targets, ("assigned", "label", "all"))
         choice("losses.normalise", self.normalise, ("positives", "sum"))
 
+# %% ../../nbs/2_layers/29_layers.head_loss.ipynb #88ca4125
 @dataclass(frozen=True)
 class DetectionLosses:
     "Three weighted scalars."
@@ -48,6 +49,7 @@ class DetectionLosses:
     def total(self) -> Tensor:
         return self.cls + self.box + self.direction
 
+# %% ../../nbs/2_layers/29_layers.head_loss.ipynb #109c32d4
 def quality_targets(
     decoded: Tensor,  # (B, N, 7) predicted boxes, lidar
     shape: tuple[int, ...],  # (B, N, C)

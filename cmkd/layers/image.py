@@ -86,6 +86,7 @@ class ImageBackbone(nn.Module):
         x = (images - self.mean).div_(self.std)
         return tuple(self.net(x.mul_(inside(sizes, x))))
 
+# %% ../../nbs/2_layers/24_layers.image.ipynb #9994e8ca
 def inside(sizes: Tensor, x: Tensor) -> Tensor:  # (B, 2), (B, C, H, W) -> (B, 1, H, W)
     "1 on the true picture, 0 on its padding."
     rows = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]
@@ -108,6 +109,7 @@ class PooledNorm(nn.BatchNorm2d):
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
+# %% ../../nbs/2_layers/24_layers.image.ipynb #a745dbd9
 class ASPP(nn.Module):
     "Atrous spatial pyramid pooling (DeepLabV3)."
 
@@ -139,6 +141,7 @@ class ImageMaps:
         "The depth distribution (softmax over D + 1, the last dropped)."
         return self.logits.permute(0, 2, 3, 1).float().softmax(-1)[..., :-1].permute(0, 3, 1, 2)
 
+# %% ../../nbs/2_layers/24_layers.image.ipynb #5887ad96
 class ImageBranch(nn.Module):
     "Picture to reduced features and depth logits (CaDDN; CMKD section 3.2)."
 

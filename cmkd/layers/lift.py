@@ -81,6 +81,7 @@ class Slab:
     back: Tensor  # (R,) int32 the rows, pixel by pixel
     pixels: Tensor  # (h*w + 1,) int32 where each pixel begins in them
 
+# %% ../../nbs/2_layers/25_layers.lift.ipynb #363dbc3f
 @dataclass(frozen=True)
 class Rays:
     "Which pixels and bins each seen voxel gathers from: geometry only, so computed once per rig."
@@ -99,6 +100,7 @@ class Level:
     lower: Tensor   # (S, 4) float32 weight of that bin
     upper: Tensor   # (S, 4) float32 weight of the next one
 
+# %% ../../nbs/2_layers/25_layers.lift.ipynb #6135bf65
 def corners(
     t: Tensor,               # (S, 3) texels u, v, bin
     column: Tensor,          # (S,) int64
@@ -122,6 +124,7 @@ def starts(ids: Tensor, n: int) -> Tensor:  # sorted ids in 0..n-1 -> (n + 1,) i
     "Where each id begins, and the end."
     return torch.searchsorted(ids, torch.arange(n + 1, device=ids.device, dtype=ids.dtype)).int()
 
+# %% ../../nbs/2_layers/25_layers.lift.ipynb #4658aba6
 def slab(
     heights: range,
     levels: list[Level],  # theirs
@@ -155,6 +158,7 @@ def grouped(sizes: list[int], limit: int) -> list[range]:
             begin = end
     return out
 
+# %% ../../nbs/2_layers/25_layers.lift.ipynb #dff7a879
 def rays(
     texels: Tensor,               # (Z*Y*X, 3) from `voxel_texels`
     level: tuple[int, int],       # h, w of the maps
@@ -181,6 +185,7 @@ def gather(
     "Weighted sums of rows: one for each stretch of `index`."
     return F.embedding_bag(index, rows, begins, per_sample_weights=weights, mode="sum", include_last_offset=True)
 
+# %% ../../nbs/2_layers/25_layers.lift.ipynb #63504342
 class _Lift(torch.autograd.Function):
     "One frame: features (h*w, C), chance (h*w*(D + 2),) with an empty bin at either end, weight (Z, C, O) -> (Y*X, O)."
 

@@ -138,6 +138,7 @@ class Depth:
     def __post_init__(self):
         choice("depth.pool", self.pool, ("min", "mean"))
 
+# %% ../../nbs/2_layers/20_layers.losses.ipynb #157aa74a
 def depth_loss(
     logits: Tensor,  # (B, D+1, h, w)
     depth: Tensor,  # (B, h, w) m; 0 where no point fell
@@ -156,6 +157,7 @@ def depth_loss(
     weight = counts.float() if foreground is None else torch.where(foreground, cfg.foreground, cfg.background) * counts
     return cfg.weight * (per_pixel * weight).sum() / counts.sum().clamp_min(1)
 
+# %% ../../nbs/2_layers/20_layers.losses.ipynb #696dd61a
 def depth_focal(
     logits: Tensor,  # (B, K, h, w)
     targets: Tensor,  # (B, h, w) int64 in 0..K-1

@@ -36,6 +36,7 @@ def block(conv, channels: int) -> spconv.SparseSequential:
     "Convolution, norm, ReLU."
     return spconv.SparseSequential(conv, norm(channels), nn.ReLU())
 
+# %% ../../nbs/2_layers/22_layers.sparse.ipynb #12290a42
 class Residual(spconv.SparseModule):
     "Two submanifold convolutions and a skip (the released teacher's block, whose convolutions have a bias)."
     def __init__(self, channels: int, key: str):
@@ -50,6 +51,7 @@ class Residual(spconv.SparseModule):
         y = with_bias(self.conv2, y)
         return y.replace_feature(torch.relu(self.bn2(y.features) + x.features))
 
+# %% ../../nbs/2_layers/22_layers.sparse.ipynb #99cc6b9a
 def with_bias(conv: spconv.SubMConv3d, x: spconv.SparseConvTensor) -> spconv.SparseConvTensor:
     "A submanifold convolution whose bias is added after it: spconv's CPU kernels take none in eval mode."
     bias, conv.bias = conv.bias, None
@@ -71,6 +73,7 @@ def stage(i: int, cin: int, cout: int, residual: bool) -> spconv.SparseSequentia
     if residual: return spconv.SparseSequential(*down, Residual(cout, key), Residual(cout, key))
     return spconv.SparseSequential(*down, *(block(submanifold(cout, cout, key), cout) for _ in range(1 + (i > 1))))
 
+# %% ../../nbs/2_layers/22_layers.sparse.ipynb #376e4cbc
 class SparseBackbone(nn.Module):
     "SECOND's sparse 3D backbone, plain or residual: points to (B, C, Z, Y, X)."
 

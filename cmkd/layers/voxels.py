@@ -36,6 +36,7 @@ def voxelize(
     keep = first_voxels(coords[:, 0], order[start], max_voxels)
     return mean[keep], coords[keep].int()
 
+# %% ../../nbs/2_layers/21_layers.voxels.ipynb #4354311f
 def first_voxels(
     frame: Tensor, # (V,) batch index
     first: Tensor, # (V,) number of the voxel's first point

@@ -31,6 +31,7 @@ def parameters_cell(nb: NotebookNode, path, tag: str="parameters") -> NotebookNo
                          "tag it in JupyterLab's property inspector")
     return tagged[0]
 
+# %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #4c6ad887
 def assigned(source: str, path) -> dict[str, object]:
     "{name: value} of a cell that holds nothing but `name = literal` lines."
     out = {}
@@ -43,6 +44,7 @@ def assigned(source: str, path) -> dict[str, object]:
             raise ValueError(f"{path}: {told}") from None
     return out
 
+# %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #b13c3a41
 def declared(path) -> dict[str, object]:
     "{parameter: default} of a notebook; papermill must read the same names."
     path = Path(path)
@@ -88,6 +90,7 @@ class outcome:
         told = dict(text=self.text, files={p: digest(p) for p in self.paths})
         return {"text/plain": f"{len(self.paths)} files used and written", MIME: told}
 
+# %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #20e00ac8
 def outcome_of(nb: NotebookNode) -> dict:
     "The `outcome` of an executed notebook: text, and {path: sha256}."
     outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
@@ -110,6 +113,7 @@ def package_key() -> str:
     modules = [p for p in sorted(here.rglob("*.py")) if p.name != "_modidx.py"]
     return sha({str(p.relative_to(here)): digest(p) for p in modules})
 
+# %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #910ccd25
 def folder_key(folder) -> str:
     "Hash of a data folder: the content of its ImageSets, the names, sizes and times of its other files."
     tell = lambda p: digest(p) if p.parent.name == "ImageSets" else [p.stat().st_size, p.stat().st_mtime_ns]
@@ -135,6 +139,7 @@ def settled(text: str) -> str:
     "What a terminal shows in the end: of text overwritten by carriage returns, the last."
     return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
 
+# %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #f00ea444
 def execute(path: Path, values: dict, out: Path) -> NotebookNode:
     "Run a notebook with papermill, its streams passed on; an error names where it stopped."
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
@@ -153,6 +158,7 @@ def execute(path: Path, values: dict, out: Path) -> NotebookNode:
         if output.output_type == "stream": output.text = settled(output.text)
     return nb
 
+# %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #9199e9f9
 def echoed(nb: NotebookNode, values: dict, path) -> None:
     "What papermill put into the executed notebook must be what was asked."
     got = assigned(parameters_cell(nb, path, "injected-parameters").source, path)
@@ -182,6 +188,7 @@ def run_notebook(
     write_json(out.with_suffix(".key.json"), dict(key=key, parameters=values, text=done["text"], files=files))
     return out
 
+# %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #4c582616
 def printed(out: Path) -> str:
     "The table of an executed notebook, as text."
     return json.loads(Path(out).with_suffix(".key.json").read_text())["text"]

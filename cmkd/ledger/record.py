@@ -91,6 +91,7 @@ class Run:
             raise KeyError(f"{self.name} has no AP {key}; there are e.g. {sorted(self.record['ap'])[:4]}")
         return self.record["ap"][key]
 
+# %% ../../nbs/6_ledger/61_ledger.record.ipynb #92c04d05
 def load(folder) -> Run | None:
     "The run in `folder`, or `None` if it is not whole; an error if its weights are not those of its record."
     folder = Path(folder)
@@ -124,6 +125,7 @@ def git_state(folder: Path) -> dict:
     except (OSError, subprocess.CalledProcessError):
         return dict(commit=None, dirty=None)
 
+# %% ../../nbs/6_ledger/61_ledger.record.ipynb #1d0d5a89
 def versions() -> dict[str, str | None]:
     "Python and the packages that a number may depend on."
 
@@ -135,6 +137,7 @@ def versions() -> dict[str, str | None]:
 
     return dict(python=platform.python_version(), **{p: of(p) for p in PACKAGES})
 
+# %% ../../nbs/6_ledger/61_ledger.record.ipynb #ba784d11
 def hardware() -> dict:
     "CPU, cores, threads, and the GPU if there is one."
     info = Path("/proc/cpuinfo")
@@ -163,6 +166,7 @@ def seeds(cfg: Config) -> dict[str, int]:
     "{dotted name: value} of every seed of a config."
     return {k: v for k, v in cfg.flat().items() if k == "seed" or k.endswith(".seed")}
 
+# %% ../../nbs/6_ledger/61_ledger.record.ipynb #ff764d15
 def described(cfg: Config, role: str, made: Made, folder: Path) -> dict:
     "What `record.json` holds."
     above = {r: dict(name=p.name, weights_sha256=p.record["weights_sha256"]) for r, p in made.parents.items()}

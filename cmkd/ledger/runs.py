@@ -49,6 +49,7 @@ def manifests(role: Role, sets: Sets) -> dict[str, dict]:
     use = dict(train=sets.train, val=sets.val, unlabelled=sets.unlabelled if role.unlabelled else None)
     return {k: v.manifest() for k, v in use.items() if v is not None}
 
+# %% ../../nbs/6_ledger/63_ledger.runs.ipynb #5b182376
 def same_data(run: Run, here: dict[str, dict]) -> Run:
     "`run` itself, or an error if it was made from other frames than those at hand."
     there = run.record["data"]
@@ -65,6 +66,7 @@ def said(manifest: dict | None) -> str:
     "A manifest in a few words."
     return "no frames" if manifest is None else f"{manifest['count']} frames, content {manifest['content_sha256'][:8]}"
 
+# %% ../../nbs/6_ledger/63_ledger.runs.ipynb #d653d7f4
 def at_hand(folder: Path, here: dict, weights: bool) -> Run | None:
     "The whole run in `folder`, checked against the data `here`; `None` if it must be made."
     run = load(folder)
@@ -79,6 +81,7 @@ def begun_from(folder: Path, sources: dict) -> None:
         raise ValueError(f"{folder}: begun from other data or other parents; remove the folder to start again")
     write_json(note, sources)
 
+# %% ../../nbs/6_ledger/63_ledger.runs.ipynb #979958ab
 def initial_of(cfg: Config, role: Role) -> Path | None:
     "The file in data/weights that a run begins from, if its role names one."
     if not (name := role.initial(cfg)):
@@ -111,6 +114,7 @@ def fit_or_load(
         made(cfg, role, sets, here, above, folder, progress)
     return load(folder)
 
+# %% ../../nbs/6_ledger/63_ledger.runs.ipynb #3311c0d2
 def made(cfg: Config, name: str, sets: Sets, here: dict, above: dict[str, Run], folder: Path, progress: bool) -> None:
     "Train, judge, write the record."
     role, start = role_of(cfg, name), initial_of(cfg, role_of(cfg, name))
@@ -137,6 +141,7 @@ def cores() -> int:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
+# %% ../../nbs/6_ledger/63_ledger.runs.ipynb #748e6b3b
 def fit_all(
     jobs: list[tuple[Config, str]],  # (config, role) of each run
     data,
@@ -155,6 +160,7 @@ def fit_all(
         side_by_side(list({at(*job): job for job in wave}.values()), data, store, workers, progress, weights)
     return [fit_or_load(cfg, role, data, store, progress) for cfg, role in jobs]
 
+# %% ../../nbs/6_ledger/63_ledger.runs.ipynb #85c04eaa
 def side_by_side(jobs: list[tuple[Config, str]], data, store, workers: int, progress: bool, weights: bool) -> None:
     "Make these runs; none of them needs another."
     workers = min(workers, len(jobs))
@@ -190,6 +196,7 @@ def judged_on(run: Run, frames: FrameSet, progress: bool = False, per_class: boo
         run, record=run.record | dict(ap=kept["ap"], config=run.record["config"] | {"data.val": frames.split})
     )
 
+# %% ../../nbs/6_ledger/63_ledger.runs.ipynb #993a1a7f
 @dataclass(frozen=True)
 class Trained:
     "A network that can be used, and the config and role that it belongs to."
@@ -198,6 +205,7 @@ class Trained:
     role: str
     network: nn.Module  # in eval mode
 
+# %% ../../nbs/6_ledger/63_ledger.runs.ipynb #7cc24b44
 def trained(folder) -> Trained:
     "The network in a folder: a finished run, or what `cmkd convert` wrote."
     folder = Path(folder)

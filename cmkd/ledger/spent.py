@@ -32,6 +32,7 @@ def measured(cost: dict, name: str):
     cost["wall_seconds"] = round(cost.get("wall_seconds", 0) + time.perf_counter() - wall, 1)
     cost["peak_memory_mb"] = round(max(cost.get("peak_memory_mb", 0), peak_memory_mb()))
 
+# %% ../../nbs/6_ledger/62_ledger.spent.ipynb #c623e2e2
 def add_sessions(cost: dict, spent: Progress) -> None:
     "Training that was cut off and went on: the checkpoint has counted the sessions before this one."
     cost["train_cpu_seconds"] = round(max(cost["train_cpu_seconds"], spent.cpu_seconds), 1)

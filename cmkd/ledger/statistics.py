@@ -43,6 +43,7 @@ def side_by_side(
         out[f"Δ {column}"] = out[column] - other.map(out[column], na_action="ignore").astype(float)
     return out.assign(against=other.fillna(""))
 
+# %% ../../nbs/6_ledger/65_ledger.statistics.ipynb #0e914054
 def per_class(ours: DataFrame, order: list[str], metric: str="3D", difficulty: str="moderate") -> DataFrame:
     "Mean AP: one line a row; one column a class, as the rows name them, and IoU, strict before loose."
     s = summary(pick(ours, metric=metric, difficulty=difficulty, recall="R40"))
@@ -64,6 +65,7 @@ def seen(mean: float, half: float) -> str: # 'yes', 'no', 'the opposite', or a d
     if half != half: return DASH
     return "yes" if mean > half else "the opposite" if mean < -half else "no"
 
+# %% ../../nbs/6_ledger/65_ledger.statistics.ipynb #369a80ef
 def differences(
     runs: dict[str, list[Run]],     # row name -> one run a seed
     pairs: list[tuple[str, str]],   # (row, the row that it is compared with)

@@ -56,6 +56,7 @@ def rows_of(run: Run) -> list[dict]: # one a number; `paper`, `table` and `row` 
         out.append(number | shared)
     return out
 
+# %% ../../nbs/6_ledger/64_ledger.tables.ipynb #a15c87cd
 def rows(
     runs: dict[str, list[Run]],   # row name -> one run a seed; an empty list was not run
     table: str,
@@ -88,6 +89,7 @@ def cell(value, form: str=".2f") -> str:
     if value is None or isinstance(value, float) and value != value: return DASH
     return f"{value:{form}}" if isinstance(value, float) else str(value)
 
+# %% ../../nbs/6_ledger/64_ledger.tables.ipynb #f716335c
 @dataclass(frozen=True, repr=False)
 class Shown:
     "A table for people: HTML in a notebook, aligned text in a terminal."
@@ -140,6 +142,7 @@ def as_html(shown: Shown) -> str:
     table = f"<thead>{tagged('th', head)}</thead><tbody>{''.join(tagged('td', line) for line in body)}</tbody>"
     return f"<div><b>{escape(shown.title)}</b>{note}<table style='border-collapse:collapse'>{table}</table></div>"
 
+# %% ../../nbs/6_ledger/64_ledger.tables.ipynb #8341e938
 def banner(scale: str) -> str:
     "What must stand above the numbers of a scale, or ''."
     if scale != "smoke": return ""
@@ -156,6 +159,7 @@ def dot_lines(table: DataFrame, column: str, colour: str) -> list[go.Scatter]: #
     marks = dict(x=there[column], y=list(there.index), error_x=spread, text=[f"{v:.1f}" for v in there[column]])
     return [go.Scatter(x=path[column], y=list(path.index), **faint), go.Scatter(**marks, **look, name=column)]
 
+# %% ../../nbs/6_ledger/64_ledger.tables.ipynb #9be12464
 def dots(
     table: DataFrame,           # of `statistics.side_by_side`: its columns paper, ours, std
     titles: tuple[str, str],    # of the paper's panel and of ours
@@ -202,6 +206,7 @@ def costs(runs: dict[str, list[Run]]) -> DataFrame:
     lines = {row: {title: mean(several, key) for title, key in COSTS.items()} for row, several in runs.items()}
     return DataFrame(lines).T.rename_axis("row")
 
+# %% ../../nbs/6_ledger/64_ledger.tables.ipynb #073b8fae
 def traced(run: Run) -> dict:
     "Where one run came from."
     r = run.record
@@ -236,6 +241,7 @@ def saved_name(table: str, cfg: Config, overrides=()) -> str:
              cfg.recipe if cfg.recipe != "paper" else "", f"set{told}" if overrides else "")
     return "-".join(filter(None, parts))
 
+# %% ../../nbs/6_ledger/64_ledger.tables.ipynb #4be38931
 def save_table(name: str, *long: DataFrame, folder=None) -> Path:
     "Write long rows to results/tables/`name`.csv, atomically; smoke rows only under a name that says so."
     every = pd.concat([f for f in long if len(f)], ignore_index=True)[list(COLUMNS)]

@@ -103,6 +103,7 @@ def alignment(student: Student, space: Space, channels: int) -> nn.Module:
                          f"student.collapse={channels}, the teacher's BEV channels")
     return nn.Identity()
 
+# %% ../../nbs/3_models/32_models.camera.ipynb #65932a36
 class CameraDetector(nn.Module):
     "The camera detector (CMKD Fig. 3b), of one camera or of several."
     reads = ("images", "sizes", "lidar_to_cam", "camera")
@@ -163,6 +164,7 @@ def norms_after(
             hook.remove()
     return pairs
 
+# %% ../../nbs/3_models/32_models.camera.ipynb #555f804d
 def absorb(convolution: nn.Module, norm: nn.BatchNorm2d) -> None:
     "Move the scale and the shift of a norm in eval mode into the convolution before it."
     transposed = isinstance(convolution, nn.ConvTranspose2d)
@@ -178,6 +180,7 @@ def one_small_picture(where: torch.device) -> Batch:
     size = torch.tensor([[[64, 64]]])
     return Batch(["0"], images, size, torch.zeros(0, 5), eye, eye[:, :, :3], images[:, :, 0], [None], [None]).to(where)
 
+# %% ../../nbs/3_models/32_models.camera.ipynb #3644f81c
 @torch.no_grad()
 def folded(model: CameraDetector) -> CameraDetector:
     "A copy for inference: batch norms folded into convolutions, channels last in memory; the same maps to rounding."

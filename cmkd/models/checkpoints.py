@@ -42,6 +42,7 @@ def released_name(key: str) -> str:
         if key.startswith(ours): return theirs + key[len(ours):]
     raise ValueError(f"{key} has no counterpart in the released code")
 
+# %% ../../nbs/3_models/33_models.checkpoints.ipynb #d6251bdd
 def our_name(key: str) -> str:
     "Our name for a weight of the released code."
     for ours, theirs in NAMES:
@@ -63,6 +64,7 @@ def opened(path):
         except Exception as e:                        # a damaged file can fail in any way
             raise ValueError(f"{path}: not loaded: {refusal(str(e))}") from None
 
+# %% ../../nbs/3_models/33_models.checkpoints.ipynb #f8c3bbcc
 def tensors(path, state: dict) -> dict[str, Tensor]:
     "`state`, if it holds nothing but named tensors."
     bad = [str(k) for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
@@ -78,6 +80,7 @@ def model_state(path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no 'model_state' in it, which OpenPCDet, CMKD and CaDDN write; it holds {told}")
     return tensors(path, state)
 
+# %% ../../nbs/3_models/33_models.checkpoints.ipynb #7cf41091
 def refusal(text: str) -> str:
     "The reason in torch's long message."
     if m := re.search(r"GLOBAL (\S+)", text):
@@ -154,6 +157,7 @@ def image_fields(s: Shapes) -> list[str]:
         f"space.depth_bins={bins - 1}",
     ]
 
+# %% ../../nbs/3_models/33_models.checkpoints.ipynb #526163f9
 def lift_fields(s: Shapes) -> list[str]:
     "Height collapse, adaptation, and the 2D backbone's first stride, which brings cells to 32 cm."
     reduced = s["vfe.ffn.channel_reduce.conv.weight"][0]

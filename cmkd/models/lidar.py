@@ -82,6 +82,7 @@ class LidarDetector(nn.Module):
         "The boxes that its maps say, a frame each; `head` has the threshold and the NMS."
         return detections(taps.head, self.anchors, head, per_class)
 
+# %% ../../nbs/3_models/31_models.lidar.ipynb #1ce3e6b0
 def check_reach(teacher: Teacher, space: Space) -> None:
     "Raise unless the stages of the sparse backbone bring LiDAR voxels to BEV cells."
     made, wanted = 2 ** (len(teacher.channels) - 1), round(space.bev_cell / space.lidar_voxel[0])

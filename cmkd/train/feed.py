@@ -44,6 +44,7 @@ def whole(space: Space) -> Grid:
     "The modelled space as one cell."
     return Grid(space.low, space.high, tuple(high - low for low, high in zip(space.low, space.high, strict=True)))
 
+# %% ../../nbs/4_train/42_train.feed.ipynb #81554c4b
 def feed(
     frames: FrameSet,
     stage: Stage,

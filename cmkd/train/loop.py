@@ -44,6 +44,7 @@ class Progress:
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
 
+# %% ../../nbs/4_train/41_train.loop.ipynb #c1570ce2
 def save_checkpoint(path: Path, at: Progress, learner: Learner, adam) -> None:
     "Write the run's state atomically."
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -57,6 +58,7 @@ def save_checkpoint(path: Path, at: Progress, learner: Learner, adam) -> None:
     with atomic(path) as temp:
         torch.save(state, temp)
 
+# %% ../../nbs/4_train/41_train.loop.ipynb #9355035a
 def load_checkpoint(path: Path) -> dict | None:
     "The state of a run that was cut off, or None; a file that cannot be read is an error that names it."
     if not path.exists():
@@ -136,6 +138,7 @@ class Saver:
         save_checkpoint(self.file, at, learner, adam)
         self.saved = time.monotonic()
 
+# %% ../../nbs/4_train/41_train.loop.ipynb #e1bee699
 def logged(leg: Leg, done: int, taken: Taken) -> dict:
     "A row of metrics.csv."
     losses = {name: loss.item() for name, loss in taken.losses.items()}

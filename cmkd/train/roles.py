@@ -35,6 +35,7 @@ class Work:
     device: str = "auto"
     memory: Path | None = None                # file in which teachers' outputs are remembered; None for none
 
+# %% ../../nbs/4_train/43_train.roles.ipynb #780c6971
 @dataclass(frozen=True)
 class Plan:
     "What the loop is to do."
@@ -61,6 +62,7 @@ class Role:
     initial: Callable[[Config], str] = lambda cfg: ""  # a file in data/weights that its network begins with
     seed: Callable[[Config], int] = lambda cfg: cfg.seed
 
+# %% ../../nbs/4_train/43_train.roles.ipynb #1d5af578
 @dataclass(frozen=True)
 class Method:
     "One paper, or one control: its roles and its recipes."
@@ -91,6 +93,7 @@ def refuse_broken_convolutions(model: nn.Module, stage: Stage, device: torch.dev
             f"{', '.join(bad[:3])}; choose other channels in student.backbone_args and student.aspp, or precision 'no'"
         )
 
+# %% ../../nbs/4_train/43_train.roles.ipynb #8500c1d6
 def refuse_missing(role: Role, cfg: Config, work: Work) -> None:
     "Everything that the role begins with must be at hand."
     for name in role.parents(cfg):
@@ -114,12 +117,14 @@ def load_network(role: Role, cfg: Config, weights: Path) -> nn.Module:
         raise ValueError(f"{weights} does not fit this {role.name} (another config or role?): {str(e)[:300]}") from e
     return network.eval()
 
+# %% ../../nbs/4_train/43_train.roles.ipynb #011ce8eb
 @dataclass(frozen=True)
 class Spent:
     "What a training has cost over all its sessions, and what it counted."
     progress: Progress
     told: dict[str, int]
 
+# %% ../../nbs/4_train/43_train.roles.ipynb #e2714135
 def fit(
     role: Role,
     cfg: Config,

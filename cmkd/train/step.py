@@ -42,6 +42,7 @@ class Stage:
         "Steps: as given, or its epochs of so many batches."
         return self.steps or self.epochs * per_epoch
 
+# %% ../../nbs/4_train/40_train.step.ipynb #c147cd22
 def stage_fields(stage: Stage, name: str) -> tuple[str, ...]:
     "The fields, dotted under `name`, that a run with this stage depends on: its length alone where it has none."
     if not (stage.steps or stage.epochs):
@@ -70,6 +71,7 @@ def one_cycle(
         return move(low, stage.lr), move(0.95, 0.85)
     return move(stage.lr, low / stage.final_div), move(0.85, 0.95)
 
+# %% ../../nbs/4_train/40_train.step.ipynb #e9451876
 def optimiser(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     "AdamW."
     return torch.optim.AdamW(
@@ -90,6 +92,7 @@ class Learner(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return self.losses(self.network, batch)
 
+# %% ../../nbs/4_train/40_train.step.ipynb #3c02f6ea
 def total(losses: dict[str, Tensor]) -> Tensor:
     "Their sum (CMKD Eq. 8), in the order of their names in the dictionary."
     if not losses:
@@ -109,6 +112,7 @@ class Taken:
 def quiet(part: str) -> None:
     "Nobody watches."
 
+# %% ../../nbs/4_train/40_train.step.ipynb #41737b53
 def step(
     learner: nn.Module,             # `Learner`, perhaps wrapped by accelerate
     batch: Batch,

@@ -76,6 +76,7 @@ def expand(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     owner = np.repeat(np.arange(len(count), dtype=np.int32), count)
     return owner, np.arange(len(owner)) + np.repeat(first - np.cumsum(count) + count, count)
 
+# %% ../../nbs/1_world/11_world.cast.ipynb #04e48261
 def cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "np.cross on the last axis, without its overhead."
     (ax, ay, az), (bx, by, bz) = np.moveaxis(a, -1, 0), np.moveaxis(b, -1, 0)
@@ -92,6 +93,7 @@ def _quad_lines(
     behind = ahead.min(1) < 0.1
     return expand(np.where(behind, 0, low), np.where(behind, len(scan.lines), high))
 
+# %% ../../nbs/1_world/11_world.cast.ipynb #a15c71c3
 def _quad_span(
     V: np.ndarray, q: np.ndarray, line: np.ndarray, scan: Scan
 ) -> tuple[np.ndarray, np.ndarray]:  # s0, s1: a pair each
@@ -135,6 +137,7 @@ def into(blobs: np.ndarray, v: np.ndarray) -> np.ndarray: # (E, ..., 3)
     if np.ndim(v) == 1: v = np.broadcast_to(v, (len(blobs), 3))
     return np.einsum("eij,e...j->e...i", inverse, v)
 
+# %% ../../nbs/1_world/11_world.cast.ipynb #eb76fd3c
 def roots(a, b, c) -> tuple[np.ndarray, np.ndarray]: # lower, upper; an empty interval where there are none
     "Where a s^2 + 2 b s + c >= 0 for a < 0."
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -154,6 +157,7 @@ def _blob_lines(o, f, a, e, scan: Scan) -> tuple[np.ndarray, np.ndarray]: # blob
     g0, g1 = roots(wA**2 - D*dot(A, A), wF*wA - D*dot(F, A), wF**2 - D*dot(F, F))
     return expand(np.searchsorted(scan.lines, g0), np.searchsorted(scan.lines, g1, "right"))
 
+# %% ../../nbs/1_world/11_world.cast.ipynb #05630dbe
 def cast_blobs(blobs: np.ndarray, scan: Scan) -> Hits: # blobs (E, 4, 3)
     "Every hit of every ray on a blob; hidden ones too."
     o = into(blobs, scan.origin - blobs[:, 0])
@@ -204,6 +208,7 @@ def _solid(s: Surfaces, hits: Hits, scan: Scan) -> np.ndarray: # (N,) bool
         keep[ring] = u[:, 0]**2 + u[:, 2]**2 > .6
     return keep
 
+# %% ../../nbs/1_world/11_world.cast.ipynb #2dc5f76c
 def cast(s: Surfaces, scan: Scan) -> Hits:
     "All hits on quads and blobs; crowns have ragged outlines, bicycle wheels are rings."
     q, b = cast_quads(s.quads, scan), cast_blobs(s.blobs, scan)
@@ -219,6 +224,7 @@ class Seen:
     instance: np.ndarray # (N,) 0: street or sky, k + 1: object k
     outline: np.ndarray  # (M + 1,) rays that would meet each of M objects if nothing stood before it
 
+# %% ../../nbs/1_world/11_world.cast.ipynb #885333b6
 def look(s: Surfaces, scan: Scan) -> Seen:
     "The nearest hit of every ray."
     n, hits = len(scan.lines)*len(scan.steps), cast(s, scan)

@@ -84,6 +84,7 @@ def add_crown_shadows(
     flat[:, 3, 2] = .02
     shade.add("blobs", flat, [.25, 1, 0], LEAF)
 
+# %% ../../nbs/1_world/15_world.light.ipynb #d26d9eae
 def add_house_shadows(shade: Pile, g: Ground, light: Light, row: Row) -> None:
     "What a row of houses keeps the sun from; no shadow is longer than twice the height."
     off = light.slant*min(1, 2/np.linalg.norm(light.slant))

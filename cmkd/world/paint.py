@@ -54,6 +54,7 @@ class Spot:
     tall: np.ndarray     # (N,) m, length of the left edge
     seed: np.ndarray     # (N,) number of the quad
 
+# %% ../../nbs/1_world/17_world.paint.ipynb #3cf83b28
 def frames(quads: np.ndarray) -> np.ndarray: # (12, Q) origin, two dual vectors, taper, width, height
     "The affine (a, b) coordinates of each quad; `taper` makes a = 1 the right edge of a trapezoid."
     o, u, v = quads[:, 0], quads[:, 1] - quads[:, 0], quads[:, 3] - quads[:, 0]
@@ -68,6 +69,7 @@ def frames(quads: np.ndarray) -> np.ndarray: # (12, Q) origin, two dual vectors,
     size = lambda e: np.sqrt((e*e).sum(1))
     return np.vstack([o.T, U.T, V.T, taper, size(u), size(v)]).astype(np.float32)
 
+# %% ../../nbs/1_world/17_world.paint.ipynb #445e2601
 def mix(rgb: np.ndarray, where: np.ndarray, colour, share=1.) -> None:
     "Blend `colour` (3,) into the columns of rgb (3, N) where the mask holds; `share` is a number or (N,)."
     rows = np.flatnonzero(where)
@@ -88,6 +90,7 @@ def paint_door(p: Spot) -> None:
     mix(p.rgb, hub < .70, (.025, .025, .026))
     mix(p.rgb, hub < .42, (.32, .32, .33))
 
+# %% ../../nbs/1_world/17_world.paint.ipynb #a28f438a
 def paint_vehicle(p: Spot, m: int) -> None:
     "Doors with wheels, windows with pillars, lamps, grille and number plate."
     b, rgb, off = p.b, p.rgb, np.abs(p.a - .5)
@@ -123,6 +126,7 @@ def paint_wall(p: Spot, m: int, fade: np.ndarray) -> None:
     mix(rgb, pane, (.17, .21, .27), (np.sin(column*12.9 + row*78.2 + p.seed*37.7)*.9).clip(0))
     mix(rgb, real & door & (dx < .25) & (y < .8), (.10, .06, .04))
 
+# %% ../../nbs/1_world/17_world.paint.ipynb #6c6d063d
 def paint_house(p: Spot, m: int) -> None:
     "Walls; tiles; leaves; ribs of a crate."
     rgb, u, v = p.rgb, p.a*p.wide, p.b*p.tall
@@ -142,6 +146,7 @@ def paint_grass(p: Spot, scene: Scene, d: np.ndarray, fade: np.ndarray) -> None:
     bay = (np.abs(d) < g.half + g.pavement + 5.8) & np.where(d < 0, g.bays[0], g.bays[1])
     mix(p.rgb, bay, (.13, .13, .13), .93)
 
+# %% ../../nbs/1_world/17_world.paint.ipynb #35c570af
 def paint_road(p: Spot, scene: Scene, d: np.ndarray) -> None:
     "Worn tracks and the markings."
     g, rgb, x, out = scene.ground, p.rgb, p.xyz[0], np.abs(d)
@@ -154,6 +159,7 @@ def paint_road(p: Spot, scene: Scene, d: np.ndarray) -> None:
         drawn = (x % (3*dash) < dash) if dash else True
         mix(rgb, here & (share > 0) & drawn, (.62, .62, .60), share)
 
+# %% ../../nbs/1_world/17_world.paint.ipynb #1a89338c
 def paint_ground(p: Spot, m: int, scene: Scene) -> None:
     "Grass, road, zebra, pavement."
     g, rgb, (x, y, _) = scene.ground, p.rgb, p.xyz
@@ -204,6 +210,7 @@ def paint(p: Spot, m: int, scene: Scene) -> None:
     elif m in (FACADE, WALL, ROOF, HEDGE, CRATE): paint_house(p, m)
     elif m in (DOOR, SIDE, GLASS, NOSE, BUMPER, TAIL): paint_vehicle(p, m)
 
+# %% ../../nbs/1_world/17_world.paint.ipynb #8f608f0e
 def appear(
     scene: Scene,
     surface: np.ndarray,  # (N,) number of the surface
@@ -240,6 +247,7 @@ def appear_flat(
         look.rgb[k][order] = spot[0][k]
         look.normal[k][order] = n[k]
 
+# %% ../../nbs/1_world/17_world.paint.ipynb #15262285
 def appear_round(s: Surfaces, look: Look, rows: np.ndarray, which: np.ndarray, xyz: np.ndarray) -> None:
     "Fill the columns `rows` (K,), which hit the blobs `which` (K,)."
     axes = s.blobs[:, 1:]

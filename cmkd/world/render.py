@@ -75,6 +75,7 @@ def gleam(material: np.ndarray, up: np.ndarray) -> np.ndarray: # (N,), (N,) -> (
     window = (material == GLASS) | (material == SIDE)
     return np.where(window, .05 + .16*up, np.where(material == PAINT, .12*up, 0)).astype(np.float32)
 
+# %% ../../nbs/1_world/18_world.render.ipynb #e40de7fe
 def expose(scene: Scene, config: WorldConfig, seen: Seen) -> np.ndarray: # (H, W, 3) uint8
     "The picture of a scene, given what its rays meet."
     scan, light = picture(config), scene.light
@@ -93,6 +94,7 @@ def expose(scene: Scene, config: WorldConfig, seen: Seen) -> np.ndarray: # (H, W
         out[k][miss] = background[k]
     return develop(out.reshape(3, config.height, config.width), rng("world", config.seed, scene.number, "picture"))
 
+# %% ../../nbs/1_world/18_world.render.ipynb #92e50a78
 def develop(light: np.ndarray, r: np.random.Generator) -> np.ndarray: # (3, H, W) linear -> (H, W, 3) uint8
     "Exposure, gamma, the lens' blur, the sensor's noise."
     v = np.sqrt(1 - np.exp(light*np.float32(-r.uniform(1.3, 2.))))
@@ -140,6 +142,7 @@ def annotate(scene: Scene, config: WorldConfig, seen: Seen) -> Boxes:
     known = Boxes(scene.objects.boxes, scene.objects.names, None, inside, truncation.round(2), occlusion, o.alpha)
     return known[keep]
 
+# %% ../../nbs/1_world/18_world.render.ipynb #b466dee8
 def render(scene: Scene, config: WorldConfig) -> Frame:
     "Picture, sweep and labels of a scene."
     seen = look(scene.surfaces, picture(config))

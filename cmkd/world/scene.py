@@ -58,6 +58,7 @@ def _plots(
     built = (r.random(12) < BUILT[g.kind]) & usable
     return Row(side, x0, x1, front, r.uniform(4.5, 10.5, 12)), built, ~built & usable
 
+# %% ../../nbs/1_world/16_world.scene.ipynb #74f276c8
 def _hedges(r: np.random.Generator, g: Ground, plots: Row, offset: float) -> np.ndarray:  # (n, 7)
     "A hedge along the front of each plot, `offset` (m) from the road's middle."
     n, length = len(plots.x0), plots.x1 - plots.x0
@@ -65,6 +66,7 @@ def _hedges(r: np.random.Generator, g: Ground, plots: Row, offset: float) -> np.
     x = (plots.x0 + plots.x1) / 2
     return standing(g, x, g.centre(x) + plots.side * offset, size, g.heading(x))
 
+# %% ../../nbs/1_world/16_world.scene.ipynb #faa6e1ea
 def line_road(pile: Pile, shade: Pile, g: Ground, light: Light, r: np.random.Generator) -> None:
     "Houses and hedges on both sides; houses between the sun and the road cast a shadow."
     for side in (-1, 1):
@@ -96,6 +98,7 @@ def spots(
     keep = np.array([c and places.free(a, b, size, size, 0) for c, a, b in zip(clear, x, y, strict=True)], bool)
     return x[keep], y[keep]
 
+# %% ../../nbs/1_world/16_world.scene.ipynb #1333729a
 def add_green(pile: Pile, shade: Pile, g: Ground, light: Light, places: Places, r: np.random.Generator) -> None:
     "Trees with their shadows."
     by = lambda n: g.half + r.choice([0.7, g.pavement + 1.5, g.pavement + 8], n)
@@ -103,6 +106,7 @@ def add_green(pile: Pile, shade: Pile, g: Ground, light: Light, places: Places, 
     crown = add_trees(pile, g.on(x, y), r.uniform(4, 9, len(x)), r.uniform(1.2, 2.6, len(x)), r)
     add_crown_shadows(shade, g, light, crown)
 
+# %% ../../nbs/1_world/16_world.scene.ipynb #ea8a0d40
 def add_clutter(pile: Pile, shade: Pile, g: Ground, light: Light, places: Places, r: np.random.Generator) -> None:
     "Posts, bushes and crates; what is hard has a shadow."
     x, y = spots(r, g, places, r.integers(2, 8), lambda n: np.full(n, g.half + 0.45), 0.3)
@@ -135,6 +139,7 @@ def add_objects(pile: Pile, boxes: np.ndarray, names: np.ndarray, r: np.random.G
     if person.any(): add_people(pile, boxes[person], instance[person], r)
     if cyclist.any(): add_cyclists(pile, boxes[cyclist], instance[cyclist], r)
 
+# %% ../../nbs/1_world/16_world.scene.ipynb #4d470bfc
 def scene(config: WorldConfig, i: int) -> Scene:
     "Scene i of a world."
     r = rng("world", config.seed, i)

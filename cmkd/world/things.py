@@ -53,6 +53,7 @@ def move(
     else: out += origin[:, None, None]
     return out
 
+# %% ../../nbs/1_world/13_world.things.ipynb #40e9dc26
 def place(
     shape: np.ndarray,     # (n or 1, k, 4, 3) quads in units of the boxes' sizes
     boxes: np.ndarray,     # (n, 7)
@@ -137,6 +138,7 @@ def joints(*rows) -> np.ndarray: # (n, k, 3)
     n = max(np.size(v) for row in rows for v in row)
     return np.stack([np.stack([np.broadcast_to(v, n) for v in row], -1) for row in rows], 1)
 
+# %% ../../nbs/1_world/13_world.things.ipynb #a03a109e
 def balls(at: np.ndarray, *half) -> np.ndarray: # (n, k, 4, 3)
     "Upright blobs at (n, k, 3) whose half axes along x, y and z are given, each k numbers or (n, k)."
     out = np.zeros((*at.shape[:2], 4, 3))
@@ -192,6 +194,7 @@ def _walker(boxes: np.ndarray, step: np.ndarray) -> np.ndarray:  # (n, 8, 4, 3)
     rest = joints((0.03, 0, h - 0.125), (step + 0.03, -0.09 * wide, 0.04), (0.03 - step, 0.09 * wide, 0.04))
     return np.concatenate([body, balls(rest, [0.105, 0.11, 0.11], [0.09, 0.05, 0.05], [0.128, 0.04, 0.04])], 1)
 
+# %% ../../nbs/1_world/13_world.things.ipynb #29c56b37
 def add_people(
     pile: Pile,
     boxes: np.ndarray,  # (n, 7)
@@ -222,6 +225,7 @@ def _rider(boxes: np.ndarray, pedal: np.ndarray) -> np.ndarray: # (n, 11, 4, 3)
     rest = joints((.22, 0, h - .125), (hub, 0, .34), (-hub, 0, .34))
     return np.concatenate([body, balls(rest, [.12, .34, .34], [.09, .025, .025], [.125, .34, .34])], 1)
 
+# %% ../../nbs/1_world/13_world.things.ipynb #7188ade2
 def add_cyclists(
     pile: Pile,
     boxes: np.ndarray,      # (n, 7)
@@ -272,6 +276,7 @@ def _house_quads(g: Ground, row: Row, deep: np.ndarray, up: np.ndarray) -> np.nd
     return np.stack([flip(near, far, far_up, near_up), flip(back, near, near_up, back_up),
                      flip(near_up, far_up, ridge_far, ridge), flip(back_up, near_up, ridge, ridge)], 1)
 
+# %% ../../nbs/1_world/13_world.things.ipynb #e6009912
 def add_houses(pile: Pile, g: Ground, row: Row, r: np.random.Generator) -> None:
     "Houses on all plots of a row."
     n = len(row.x0)
@@ -302,6 +307,7 @@ def add_trees(
     pile.add("blobs", crown, green[:, None]*r.uniform(.85, 1.2, (n, 5, 1)), LEAF)
     return crown
 
+# %% ../../nbs/1_world/13_world.things.ipynb #026a11a8
 def add_bushes(
     pile: Pile,
     foot: np.ndarray,      # (n, 3) m
@@ -340,6 +346,7 @@ def add_hedges(pile: Pile, boxes: np.ndarray, r: np.random.Generator) -> None:
     "Hedges that fill their boxes (n, 7)."
     pile.add("quads", place(CUBE, boxes), GREENS[r.integers(len(GREENS), size=(len(boxes), 1))], HEDGE)
 
+# %% ../../nbs/1_world/13_world.things.ipynb #0f147167
 def add_crates(pile: Pile, boxes: np.ndarray, r: np.random.Generator) -> None:
     "Crates, skips and bins that fill their boxes (n, 7)."
     pile.add("quads", place(CUBE, boxes), CRATES[r.integers(len(CRATES), size=(len(boxes), 1))], CRATE)

@@ -176,6 +176,7 @@ def settle(
             return (px, y, g.height(px, y) + size[2]/2, *size, (turn + np.pi) % (2*np.pi) - np.pi)
     return None
 
+# %% ../../nbs/1_world/14_world.traffic.ipynb #6991924a
 def populate(
     r: np.random.Generator,
     g: Ground,

@@ -31,6 +31,7 @@ def ranges(splits: dict[str, range | int]) -> dict[str, range]:
         start = max(out[name]) + 1
     return out
 
+# %% ../../nbs/1_world/19_world.write.ipynb #efc3f663
 def claim(folder: Path, config: WorldConfig) -> None:
     "Mark a folder as holding this world, or refuse."
     mark, mine = folder/"world.json", {"version": VERSION, **asdict(config)}
@@ -51,6 +52,7 @@ def write_some(folder: Path, config: WorldConfig, numbers: list[int]) -> int:
     for i in numbers: write_frame(folder, frame(config, i), rig(config))
     return len(numbers)
 
+# %% ../../nbs/1_world/19_world.write.ipynb #ad2cf7a3
 def write(
     folder,                            # of the data set; made if it is not there
     config: WorldConfig,
