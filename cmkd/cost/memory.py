@@ -52,9 +52,8 @@ def first_steps(cfg: Config, name: str, data: Path) -> Probe:
             parents[parent] = Path(folder) / f"{parent}.safetensors"
             save_weights(role_of(cfg, parent).build(cfg), parents[parent])
         forget_peak()
-        plan = role.plan(
-            cfg, Work(f"{name}/memory", sets, parents, device="cpu")
-        )  # weights to begin with are as large as none
+        work = Work(f"{name}/memory", sets, parents, device="cpu")  # weights to begin with are as large as none
+        plan = role.plan(cfg, work)
         legs = [replace(leg, steps=min(STEPS, leg.steps)) for leg in plan.legs]
         train(plan.learner, legs, Path(folder), f"{name}/memory", progress=False, device="cpu")
     frames, kept = plan.remembered()

@@ -202,9 +202,8 @@ def step_case(
     low, high = torch.tensor(cfg.space.low), torch.tensor(cfg.space.high)
     points = F.pad(torch.cat([low + torch.rand(20_000, 3) * (high - low), torch.rand(20_000, 1)], 1), (1, 0))
     batch, learner = picture(cfg, points), Learner(model, distiller(cfg, model))
-    ask = Asked(
-        teacher, learner.distiller.teacher_taps["teacher"], learner.distiller.soft, limit=0
-    )  # remembers nothing
+    own = learner.distiller
+    ask = Asked(teacher, own.teacher_taps["teacher"], own.soft, limit=0)  # remembers nothing
     half = variant.endswith("bf16")
 
     def losses(net, batch):

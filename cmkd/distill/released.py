@@ -76,10 +76,8 @@ def read_released(path, *changes: str) -> Released:  # changes: overrides of wha
     absent = may_lack(role, state, want)
     if faults := misfits(state, want, NO_WEIGHT, absent):
         raise ValueError(f"{path}: not the {role} that its shapes suggest: {faults}")
-    left, weights = (
-        tuple(k for k in state if k in NO_WEIGHT) + other,
-        {our_name(k): v for k, v in state.items() if k in want},
-    )
+    left = tuple(k for k in state if k in NO_WEIGHT) + other
+    weights = {our_name(k): v for k, v in state.items() if k in want}
     return Released(Path(path), role, cfg, weights, permuted, left, tuple(map(our_name, absent)))
 
 # %% ../../nbs/5_methods/58_distill.released.ipynb #2d218f17

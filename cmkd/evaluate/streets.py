@@ -52,9 +52,8 @@ SIZES = {  # height, width, length, m
     "Pedestrian": (1.76, 0.66, 0.84),
     "Cyclist": (1.74, 0.6, 1.76),
 }
-P2 = np.array(
-    [[721.54, 0, 609.56, 44.86], [0, 721.54, 172.85, 0.2164], [0, 0, 1, 0.002746]]
-)  # KITTI's left colour camera
+# KITTI's left colour camera
+P2 = np.array([[721.54, 0, 609.56, 44.86], [0, 721.54, 172.85, 0.2164], [0, 0, 1, 0.002746]])
 PICTURE = (375, 1242)  # height, width, px
 
 def _area(boxes2d: np.ndarray) -> np.ndarray:  # (M, 4) -> (M,) px^2

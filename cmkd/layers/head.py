@@ -79,11 +79,8 @@ def detections(
     "What the head has found: sigmoid, threshold, NMS (of the best class and over all, as released, by default)."
     cls, codes, directions = maps.flat()
     score, flat_anchors, out = cls.sigmoid(), anchors.reshape(-1, 7), []
-    kinds = (
-        [(score[..., c], torch.full(score.shape[:2], c, device=score.device)) for c in range(score.shape[2])]
-        if per_class
-        else [score.max(-1)]
-    )
+    each = lambda c: (score[..., c], torch.full(score.shape[:2], c, device=score.device))
+    kinds = [each(c) for c in range(score.shape[2])] if per_class else [score.max(-1)]
     for b in range(len(cls)):
         found = []
         for scores, labels in kinds:

@@ -29,9 +29,7 @@ class Losses:
     beta: float = 1 / 9  # where smooth L1 turns from square to line
     gamma: float = 2.0  # exponent of quality focal loss
     targets: str = "assigned"  # class of a positive: IoU of its decoded box ('assigned'), the 'label's, 'all' IoUs
-    normalise: str = (
-        "positives"  # divide by positives a frame, then mean over frames; 'sum' adds up the frames' class terms
-    )
+    normalise: str = "positives"  # over a frame's positives, then mean over frames; 'sum' adds up the class terms
 
     def __post_init__(self):
         choice("losses.targets", self.targets, ("assigned", "label", "all"))

@@ -65,12 +65,8 @@ class ImageBackbone(nn.Module):
 
     def __init__(self, cfg: Student):
         super().__init__()
-        args = dict(
-            features_only=True,
-            output_stride=cfg.output_stride,
-            out_indices=(cfg.feature_level - 5, -1),
-            pretrained=False,
-        )  # from the end: ConvNeXt has no level at 1/2
+        levels = (cfg.feature_level - 5, -1)  # from the end: ConvNeXt has no level at 1/2
+        args = dict(features_only=True, output_stride=cfg.output_stride, out_indices=levels, pretrained=False)
         try:
             self.net = import_timm().create_model(cfg.backbone, **args, **json.loads(cfg.backbone_args))
         except RuntimeError as e:
@@ -124,9 +120,8 @@ class ASPP(nn.Module):
         "(B, cin, h, w) -> (B, cout, h, w)."
         *convs, pool = self.convs
         everywhere, seen = pool(x), [c(x) for c in convs]
-        return self.project(
-            torch.cat([*seen, torch.zeros_like(seen[0]) + everywhere], 1)
-        )  # laid out in memory as the others
+        everywhere = torch.zeros_like(seen[0]) + everywhere  # laid out in memory as the others
+        return self.project(torch.cat([*seen, everywhere], 1))
 
 # %% ../../nbs/2_layers/24_layers.image.ipynb #4bdbbd45
 @dataclass

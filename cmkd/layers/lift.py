@@ -35,17 +35,11 @@ def voxel_texels(
     depth = uvw[:, 2] - camera[2, 3].double()
     where = torch.stack([uvw[:, 0] / uvw[:, 2], uvw[:, 1] / uvw[:, 2], bins.index(depth)], 1)
     if align_corners:
-        texel = where / torch.tensor([-(-image[1] // level[1]), -(-image[0] // level[0]), 1.0]).to(xyz) - torch.tensor(
-            [0, 0, 0.5]
-        ).to(xyz)
+        stride = [-(-image[1]//level[1]), -(-image[0]//level[0]), 1.]
+        texel = where/torch.tensor(stride).to(xyz) - torch.tensor([0, 0, .5]).to(xyz)
     else:
-        texel = (
-            where
-            * torch.tensor([level[1] / (image[1] - 1), level[0] / (image[0] - 1), bins.count / (bins.count - 1)]).to(
-                xyz
-            )
-            - 0.5
-        )
+        scale = [level[1]/(image[1] - 1), level[0]/(image[0] - 1), bins.count/(bins.count - 1)]
+        texel = where*torch.tensor(scale).to(xyz) - .5
     return torch.where((torch.isfinite(texel).all(1) & (depth > 0))[:, None], texel, -2.0)
 
 # %% ../../nbs/2_layers/25_layers.lift.ipynb #fef0977d
@@ -215,11 +209,7 @@ class _Lift(torch.autograd.Function):
     def backward(ctx, grad):
         features, chance, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        to_features, to_chance, to_weight = (
-            torch.zeros_like(features),
-            torch.zeros_like(chance),
-            torch.zeros_like(weight),
-        )
+        to_features, to_chance, to_weight = map(torch.zeros_like, (features, chance, weight))
         for slab, (share, rows) in zip(ctx.seen.slabs, ctx.kept, strict=True):
             near = features.index_select(0, slab.pixel).split(slab.sizes)
             wanted = torch.sparse_csr_tensor(

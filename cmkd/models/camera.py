@@ -77,10 +77,8 @@ class ImageToBev(nn.Module):
 
     def matrix(self, channels: int) -> Tensor:  # (Z, C, O)
         "The weights of the height collapse, height by height."
-        heights = self.collapse[0].weight.view(
-            -1, channels, self.grid.shape[0]
-        )  # its rows run over channel, then height
-        return heights.permute(2, 1, 0)
+        weight = self.collapse[0].weight  # its rows run over channel, then height
+        return weight.view(-1, channels, self.grid.shape[0]).permute(2, 1, 0)
 
     def forward(self, batch: Batch) -> tuple[ImageMaps, Tensor]:
         "Image maps (B*K, ...) and the collapsed BEV map (B, C, Y, X)."

@@ -86,9 +86,8 @@ def train(
     device: str = "auto",
 ) -> Progress:
     "Train `learner` through `legs`, resuming from `folder` when a checkpoint is there."
-    accelerator = Accelerator(
-        cpu=pick_device(device).type == "cpu", mixed_precision="no"
-    )  # the legs cast for themselves
+    on_cpu = pick_device(device).type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")  # the legs cast for themselves
     file = folder / "checkpoint.pt"
     state = load_checkpoint(file)
     at = Progress(**state["progress"]) if state else Progress()
