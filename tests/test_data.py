@@ -32,6 +32,7 @@ from cmkd.data.kitti import (
     write_split,
 )
 from cmkd.data.kitti_raw import KittiRaw, drive_ids, object_to_raw, read_raw_list, refuse_overlap, split_leaks
+from cmkd.data.sets import Data, open_sets
 from cmkd.geometry import Grid, depth_map, lidar_to_img
 from cmkd.machine import rng
 
@@ -329,6 +330,27 @@ def test_leaks_are_refused(small):
         no_overlap(val, train, Kitti(small, "val", labelled=False))
     with pytest.raises(ValueError, match="twice"):
         Joined(train, train)
+
+
+def test_sets_that_meet_are_refused(tmp_path):
+    street(tmp_path, 6)
+    write_split(tmp_path, "more", ["000001", "000004"])
+    assert [len(s) for s in (vars(open_sets(Data(), tmp_path))[k] for k in ("train", "val"))] == [4, 2]
+    for wrong in (Data(train="val"), Data(unlabelled="more"), Data(unlabelled="val")):
+        with pytest.raises(ValueError, match="0000"):
+            open_sets(wrong, tmp_path)
+
+
+def test_another_street_is_refused(tmp_path):
+    street(tmp_path, 6)
+    with pytest.raises(ValueError, match="did not write this folder; say data.kind=kitti"):
+        open_sets(Data(kind="world"), tmp_path)
+    (tmp_path/"world.json").write_text('{"seed": 1, "width": 320}')
+    assert open_sets(Data(kind="world", world=1), tmp_path).train.height_scale == 320/1242
+    with pytest.raises(ValueError, match="this is street 1, data.world asks for 2"):
+        open_sets(Data(kind="world", world=2), tmp_path)
+    with pytest.raises(ValueError, match="say data.kind=world"):
+        open_sets(Data(), tmp_path)
 
 
 def test_manifest_notices_changes(tmp_path):

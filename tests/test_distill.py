@@ -345,6 +345,22 @@ def test_a_store_changes_no_bit_of_a_batch(tmp_path):
         assert len(x) and all(torch.equal(getattr(x, k), getattr(y, k)) for k in ("boxes", "scores", "labels"))
 
 
+def test_a_store_tells_teachers_apart(tmp_path):
+    "By one weight, by a field that is told, by the picture; each asks for itself."
+    store, b = TapStore(tmp_path / "t.sqlite"), batch()
+    ask = lambda teacher, told=None: Asked(teacher, ("bev",), told=told, store=store, frames=4)
+    teacher, other = taught(), taught()
+    ask(teacher)(b)
+    next(iter(other.parameters())).data.flatten()[0] += 1e-3
+    for one, told, found in ((teacher, None, 2), (other, None, 2), (teacher, {"space.max_points": 3}, 2)):
+        ask(one, told)(b)
+        assert store.found == found
+    assert store.asked == 8
+    moved = replace(b, points=b.points + b.points.new_tensor([0, 1e-3, 0, 0, 0]))
+    ask(teacher)(moved)
+    assert (store.asked, store.found) == (10, 2)
+
+
 def test_loaded_teacher_is_frozen(tmp_path):
     save_file({k: v.contiguous() for k, v in taught().state_dict().items()}, tmp_path / "t.safetensors")
     t = frozen(CFG, tmp_path / "t.safetensors", torch.device("cpu"))

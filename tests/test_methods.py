@@ -311,6 +311,15 @@ def test_a_row_without_a_teacher_does_not_depend_on_one():
     assert hash_of(base, "student") != hash_of(base.override("seed=1"), "student")
 
 
+def test_a_student_depends_on_what_its_parents_depend_on():
+    "Fields that only a parent reads name the student, too: another teacher, other depth pre-training."
+    cfg = recipe(scale="mini")
+    for change in ("teacher.seed=1", "teacher.losses.cls=2", "teacher_stage.steps=5", "data.rotation=0"):
+        assert hash_of(cfg, "student") != hash_of(cfg.override(change), "student"), change
+        assert hash_of(cfg, "depth") == hash_of(cfg.override(change), "depth"), change
+    assert hash_of(cfg, "student") != hash_of(cfg.override("depth_stage.steps=5"), "student")
+
+
 def test_methods_share_teacher_and_depth():
     for role, count in (("teacher", 1), ("depth", 1), ("student", len(METHODS))):
         assert len({hash_of(recipe(name, scale="mini"), role) for name in METHODS}) == count

@@ -17,6 +17,7 @@ from cmkd.distill.cmkd import distiller
 from cmkd.distill.roles import camera, lidar
 from cmkd.distill.teachers import Asked
 from cmkd.geometry import bev_grid, image_grid, lidar_grid
+from cmkd.layers.head import HeadMaps, detections
 from cmkd.layers.image import ImageMaps
 from cmkd.layers.lift import lift_plain
 from cmkd.layers.voxels import voxelize
@@ -24,6 +25,7 @@ from cmkd.methods import recipe, role_of
 from cmkd.models.camera import ImageToBev, added_up
 from cmkd.models.checkpoints import released_name
 from cmkd.models.lidar import bev_channels
+from cmkd.taps import Taps
 from cmkd.train.roles import load_network, save_weights
 from cmkd.train.step import total
 
@@ -488,3 +490,18 @@ def test_frames_of_several_cameras_keep_to_themselves():
     assert not torch.allclose(both.bev_raw[0], both.bev_raw[1])
     with pytest.raises(ValueError, match=r"frames of \[1, 2\] cameras"):
         collate([moment(TOY), samples[0]])
+
+
+@pytest.mark.parametrize("build", [camera, lidar])
+def test_a_detector_reads_its_own_boxes_each_class_for_itself_where_asked(build):
+    "As `detections` of its maps and anchors; two classes at one place are both found only class by class."
+    cfg = recipe(scale="smoke")
+    model, head = build(cfg).eval(), replace(cfg.head, score=0.6)
+    (Y, X, A), C = model.anchors.shape[:3], len(cfg.data.classes)
+    cls = torch.full((1, A, C, Y, X), -9.0)
+    cls[0, 0, :2, 3, 5] = torch.tensor([2.0, 1.0])
+    maps = HeadMaps(cls.flatten(1, 2), torch.zeros(1, A * 7, Y, X), torch.zeros(1, A * 2, Y, X))
+    for per_class, labels in ((False, [0]), (True, [0, 1])):
+        (found,) = model.found(Taps(head=maps), head, per_class)
+        (want,) = detections(maps, model.anchors, head, per_class)
+        assert found.labels.tolist() == labels and torch.equal(found.boxes, want.boxes)
