@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'GREYS', 'HEIGHTS', 'NEAR', 'MOST', 'TEMPLATE', 'thin', 'box_lines', 'clip_near', 'project_lines',
            'as_roles', 'gaps', 'image_boxes', 'bev_boxes', 'png_uri', 'image_points', 'bev_points', 'bev_heat',
            'image_axes', 'bev_axes', 'draw_image', 'draw_bev', 'draw_map', 'draw_3d', 'draw_frame', 'bars', 'Saved',
-           'save']
+           'save_png', 'save']
 
 # %% ../nbs/0_ground/06_draw.ipynb #a0403beb
 import base64
@@ -330,6 +330,16 @@ class Saved:
     png: Path | None
     note: str = ""
 
+# %% ../nbs/0_ground/06_draw.ipynb #5a7e9b01
+def save_png(fig: go.Figure, path: Path) -> str: # why there is none; '' where there is
+    "A picture of the figure, whole or not at all; the optional kaleido draws it."
+    try:
+        import kaleido  # noqa: F401
+        with atomic(path) as t: fig.write_image(t, scale=2)
+    except ImportError: return "no png: kaleido is not installed"
+    except RuntimeError as e: return f"no png: {str(e).strip().splitlines()[0]}"   # no browser for it
+    return ""
+
 # %% ../nbs/0_ground/06_draw.ipynb #37131ec8
 def save(
     fig: go.Figure,
@@ -341,10 +351,5 @@ def save(
     with atomic(name("json")) as t: t.write_text(fig.to_json() + "\n")
     if data is not None:
         with atomic(name("csv")) as t: data.to_csv(t, index=False)
-    note = ""
-    try:
-        import kaleido  # noqa: F401  optional
-        with atomic(name("png")) as t: fig.write_image(t, scale=2)
-    except ImportError: note = "no png: kaleido is not installed"
-    except RuntimeError as e: note = f"no png: {str(e).strip().splitlines()[0]}"
+    note = save_png(fig, name("png"))
     return Saved(name("json"), name("csv") if data is not None else None, None if note else name("png"), note)

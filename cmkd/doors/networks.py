@@ -73,11 +73,8 @@ def draw(fig: "go.Figure", path: Path) -> list[Path]:
     "The figure as a page, and as a PNG where the optional package kaleido is installed."
     page, png = path.with_suffix(".html"), path.with_suffix(".png")
     with atomic(page) as temp: fig.write_html(temp)
-    try:
-        import kaleido  # noqa: F401  optional
-        with atomic(png) as temp: fig.write_image(temp, scale=2)
-    except (ImportError, RuntimeError): return [page]           # no kaleido, or no browser for it
-    return [page, png]
+    from cmkd.draw import save_png
+    return [page] if save_png(fig, png) else [page, png]
 
 # %% ../../nbs/7_doors/73_doors.networks.ipynb #a11a5788
 def detect(

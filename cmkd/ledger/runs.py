@@ -25,7 +25,7 @@ from ..data.sets import Sets, open_sets
 from ..distill.released import load_converted
 from ..evaluate.metrics import METRICS, ap_record
 from ..files import root, write_json
-from .record import Made, Run, command, config_of, described, load, parents, run_name, sha256, utc  # noqa: F401
+from .record import Made, Run, described, load, parents, run_name, sha256, utc
 from .spent import add_sessions, locked, measured
 from ..methods import role_of
 from ..train.roles import Role, Work, fit, load_network
