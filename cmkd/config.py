@@ -9,6 +9,7 @@ __all__ = ['LABELS', 'RECIPES', 'SCALES', 'choice', 'checked', 'parsed', 'flat',
 # %% ../nbs/0_ground/03_config.ipynb #6e58e3d9
 import hashlib
 import json
+import math
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from typing import get_type_hints
@@ -28,7 +29,9 @@ def checked(value, kind, name: str):
     origin = getattr(kind, "__origin__", kind)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(checked(v, kind.__args__[0], name) for v in value)
-    if kind is float and type(value) in (int, float): return float(value)
+    if kind is float and type(value) in (int, float):
+        if not math.isfinite(value): raise ValueError(f"{name} is {value}; it must be a finite number")
+        return float(value)
     if type(value) is origin: return value
     told = getattr(kind, "__name__", kind)
     raise TypeError(f"{name} is a {told}, got {value!r} of type {type(value).__name__}")

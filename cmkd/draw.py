@@ -332,7 +332,8 @@ class Saved:
 
 # %% ../nbs/0_ground/06_draw.ipynb #5a7e9b01
 def save_png(fig: go.Figure, path: Path) -> str: # why there is none; '' where there is
-    "A picture of the figure, whole or not at all; the optional kaleido draws it."
+    "A picture of the figure, whole or not at all; the optional kaleido draws it, and an older one goes."
+    path.unlink(missing_ok=True)
     try:
         import kaleido  # noqa: F401
         with atomic(path) as t: fig.write_image(t, scale=2)

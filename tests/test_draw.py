@@ -136,3 +136,12 @@ def test_saved_without_kaleido(tmp_path, monkeypatch):
     out = save(draw_bev(np.zeros((3, 4))), tmp_path / "f07.5_x")
     assert out.png is None and out.csv is None and "kaleido" in out.note
     assert [p.name for p in tmp_path.iterdir()] == ["f07.5_x.json"]
+
+
+def test_an_older_picture_does_not_stay_beside_new_numbers(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    (tmp_path / "f.png").write_bytes(b"of other numbers")
+    assert save(draw_bev(np.zeros((3, 4))), tmp_path / "f").png is None
+    assert not (tmp_path / "f.png").exists()

@@ -131,6 +131,17 @@ def test_nan_ends_the_run_before_it_spoils_the_weights(tmp_path):
     assert all(v.isfinite().all() for v in again.net.state_dict().values())
 
 
+def test_a_last_step_that_spoils_the_weights_is_no_finished_run(tmp_path):
+    "No loss is computed after it that could show it."
+    net = nn.Linear(1, 1, bias=False)
+    one = lambda e, s: iter([some_batch(torch.zeros(1, 1, 3, 1, 1))])
+    losses = lambda net, batch: dict(box=net.weight.square().sum())
+    wild = Leg("wild", Stage(lr=3e38, weight_decay=3e38), 1, one, 1, losses)
+    with pytest.raises(FloatingPointError, match="wild step 0: 1 tensors are not finite, first network.weight"):
+        train(Learner(net), [wild], tmp_path, "run", progress=False, device="cpu")
+    assert not (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "metrics.csv").exists()
+
+
 def test_a_gradient_that_is_no_number_ends_it_too(tmp_path):
     "The square root of zero is fine, its slope is not."
     net = nn.Linear(1, 1, bias=False)

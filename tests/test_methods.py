@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from cmkd import config
-from cmkd.config import flat, picked
+from cmkd.config import flat, kinds, picked
 from cmkd.core import Boxes, Frame, View
 from cmkd.data.kitti import write_frame, write_split
 from cmkd.data.sets import open_sets
@@ -346,3 +346,10 @@ def test_losses_add_up_in_their_order():
     with pytest.raises(ValueError, match="no loss"):
         total({})
     assert total({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}) == 3
+
+
+@pytest.mark.parametrize("name", [k for k, kind in kinds(type(recipe("cmkd"))).items() if kind is float])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_no_field_takes_a_number_that_is_none(name, value):
+    with pytest.raises(ValueError, match=f"{name} is .*; it must be a finite number"):
+        recipe("cmkd").override(f"{name}={value}")
