@@ -20,6 +20,7 @@ from cmkd.data.kitti import (
     read_calib,
     read_detections,
     read_label,
+    read_split,
     submission,
     to_boxes,
     to_objects,
@@ -35,6 +36,8 @@ from cmkd.data.kitti_raw import KittiRaw, drive_ids, object_to_raw, read_raw_lis
 from cmkd.data.sets import Data, open_sets
 from cmkd.geometry import Grid, depth_map, lidar_to_img
 from cmkd.machine import rng
+from cmkd.world.rays import WorldConfig
+from cmkd.world.write import write as write_world
 
 RIG = Calibration(
     [[185.9, 0, 159.5, 3], [0, 185.9, 47.5, 0.1], [0, 0, 1, 0.003]],
@@ -451,3 +454,26 @@ def test_bad_raw_lists_are_named(tmp_path):
         read_raw_list(tmp_path / "l.txt")
     with pytest.raises(FileNotFoundError, match="no such drive"):
         drive_ids(tmp_path, "2011_09_26_drive_0009_sync")
+
+
+@pytest.mark.parametrize("name", ["../000024", "./000024", "a/b", "..", ".hidden", "\x1b[31m7", "\u200b7", "a:b", ""])
+def test_a_split_and_an_id_are_plain_names(tmp_path, name):
+    with pytest.raises(ValueError, match="split .* is no plain name"):
+        write_split(tmp_path, name, ["000000"])
+    with pytest.raises(ValueError, match="split .* is no plain name"):
+        read_split(tmp_path, name)
+    with pytest.raises(ValueError, match="split .* is no plain name"):
+        write_world(tmp_path / "world", WorldConfig(), {name: 1}, progress=False)
+    assert not list(tmp_path.rglob("*.txt")) and not (tmp_path / "world").exists()
+    if name:
+        write_split(tmp_path, "train", ["000000", name])
+        with pytest.raises(ValueError, match=r"train.txt: id .* is no plain name"):
+            read_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("content, told", [(b"", "an empty split"), (b" \n", "an empty split"), (b"\xff00", "no text")])
+def test_a_split_of_nothing_or_of_other_bytes_is_named(tmp_path, content, told):
+    (tmp_path / "ImageSets").mkdir()
+    (tmp_path / "ImageSets" / "val.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"val.txt: {told}"):
+        read_split(tmp_path, "val")

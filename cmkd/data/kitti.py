@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'MISSING', 'FILES', 'Objects', 'read_label', 'write_label', 'Calibration', 'read_matrices', 'read_calib',
-           'write_calib', 'read_points', 'write_points', 'read_image', 'write_image', 'read_split', 'write_split',
-           'wrapped', 'to_boxes', 'cam_corners', 'clipped', 'visible', 'to_objects', 'frame_path', 'write_frame',
-           'read_frame', 'Kitti', 'write_detections', 'read_detections', 'submission']
+           'write_calib', 'read_points', 'write_points', 'read_image', 'write_image', 'plain', 'read_split',
+           'write_split', 'wrapped', 'to_boxes', 'cam_corners', 'clipped', 'visible', 'to_objects', 'frame_path',
+           'write_frame', 'read_frame', 'Kitti', 'write_detections', 'read_detections', 'submission']
 
 # %% ../../nbs/1_data/11_data.kitti.ipynb #40ba5164
+import re
 import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -211,20 +212,30 @@ def write_image(path, image: np.ndarray) -> None:
     with atomic(path) as temp: Image.fromarray(image).save(temp)
 
 # %% ../../nbs/1_data/11_data.kitti.ipynb #54753a1c
+def plain(name: str, what: str) -> str: # what it names, for the error
+    "The name, if it can only be a file of its own folder: letters, digits, _ - . and no . in front."
+    if re.fullmatch(r"\w[\w.-]*", name): return name
+    raise ValueError(f"{what} {name!r} is no plain name; write letters, digits, '_', '-', '.', as in 000024")
+
 def read_split(root, name: str) -> tuple[str, ...]:
-    "The ids of `ImageSets/<name>.txt`, in order; a repeated id is an error."
-    path = Path(root)/"ImageSets"/f"{name}.txt"
+    "The ids of `ImageSets/<name>.txt`, in order; no id, a repeated one or a path in place of one is an error."
+    path = Path(root)/"ImageSets"/f"{plain(name, 'split')}.txt"
     if not path.exists():
         there = sorted(p.stem for p in path.parent.glob("*.txt"))
         raise FileNotFoundError(f"{path}: no such split; there are {there or f'none: is {root} a KITTI folder?'}")
-    ids = tuple(path.read_text().split())
+    try: ids = tuple(path.read_text(encoding="utf-8").split())
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: no text ({e}); write one id a line, in UTF-8") from None
+    if not ids: raise ValueError(f"{path}: an empty split; write one id a line")
+    for i in ids: plain(i, f"{path}: id")
     twice = sorted({i for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
     if twice: raise ValueError(f"{path}: {twice[:5]} more than once; remove the repeated lines")
     return ids
 
 def write_split(root, name: str, ids) -> None:
     "Write `ImageSets/<name>.txt`, atomically."
-    with atomic(Path(root)/"ImageSets"/f"{name}.txt") as temp: temp.write_text("".join(f"{i}\n" for i in ids))
+    path = Path(root)/"ImageSets"/f"{plain(name, 'split')}.txt"
+    with atomic(path) as temp: temp.write_text("".join(f"{i}\n" for i in ids))
 
 # %% ../../nbs/1_data/11_data.kitti.ipynb #356dbe55
 def wrapped(angle): # rad

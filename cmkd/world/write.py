@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..data.kitti import FILES, frame_path, write_frame, write_split
+from ..data.kitti import FILES, frame_path, plain, write_frame, write_split
 from ..files import root, write_json
 from .rays import WorldConfig, rig
 from .render import frame
@@ -25,7 +25,7 @@ def ranges(splits: dict[str, range | int]) -> dict[str, range]:
     "Name -> frame numbers; a count takes the frames after those of the split before it."
     out, start = {}, 0
     for name, v in splits.items():
-        out[name] = range(start, start + v) if isinstance(v, int) else v
+        out[plain(name, "split")] = range(start, start + v) if isinstance(v, int) else v
         if not len(out[name]) or min(out[name]) < 0:
             raise ValueError(f"split {name}: {v} holds no frames; give a count or a range of numbers from 0")
         start = max(out[name]) + 1
