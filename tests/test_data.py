@@ -471,9 +471,9 @@ def test_a_split_and_an_id_are_plain_names(tmp_path, name):
             read_split(tmp_path, "train")
 
 
-@pytest.mark.parametrize("content, told", [(b"", "an empty split"), (b" \n", "an empty split"), (b"\xff00", "no text")])
+@pytest.mark.parametrize("content, told", [(b"", "an empty split"), (b" \n", "an empty split"), (b"\xff00", "not a text file")])
 def test_a_split_of_nothing_or_of_other_bytes_is_named(tmp_path, content, told):
     (tmp_path / "ImageSets").mkdir()
     (tmp_path / "ImageSets" / "val.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=f"val.txt: {told}"):
+    with pytest.raises(ValueError, match=f"val.txt: .*{told}"):
         read_split(tmp_path, "val")

@@ -223,9 +223,7 @@ def read_split(root, name: str) -> tuple[str, ...]:
     if not path.exists():
         there = sorted(p.stem for p in path.parent.glob("*.txt"))
         raise FileNotFoundError(f"{path}: no such split; there are {there or f'none: is {root} a KITTI folder?'}")
-    try: ids = tuple(path.read_text(encoding="utf-8").split())
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: no text ({e}); write one id a line, in UTF-8") from None
+    ids = tuple(_text(path).split())
     if not ids: raise ValueError(f"{path}: an empty split; write one id a line")
     for i in ids: plain(i, f"{path}: id")
     twice = sorted({i for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
