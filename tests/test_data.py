@@ -471,7 +471,10 @@ def test_a_split_and_an_id_are_plain_names(tmp_path, name):
             read_split(tmp_path, "train")
 
 
-@pytest.mark.parametrize("content, told", [(b"", "empty split"), (b" \n", "empty split"), (b"\xff00", "not a text file")])
+NO_SPLITS = [(b"", "empty split"), (b" \n", "empty split"), (b"\xff00", "not a text file")]
+
+
+@pytest.mark.parametrize("content, told", NO_SPLITS)
 def test_a_split_of_nothing_or_of_other_bytes_is_named(tmp_path, content, told):
     (tmp_path / "ImageSets").mkdir()
     (tmp_path / "ImageSets" / "val.txt").write_bytes(content)
