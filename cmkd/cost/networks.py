@@ -85,20 +85,24 @@ class LiftCase:
     level: tuple[int, int] = (94, 311)
 
     @classmethod
-    def make(cls, train: bool) -> "LiftCase":
+    def make(cls, train: bool, where: str="cpu") -> "LiftCase":
         s, level = recipe().space, cls.level
         grid, bins = Grid(s.low, s.high, s.image_voxel), DepthBins(*s.depth, s.depth_bins)
         texels = voxel_texels(grid, RIG, CAMERA, bins, (375, 1242), level)
         torch.manual_seed(0)
         features, depth = torch.randn(1, 64, *level), torch.randn(1, bins.count, *level).softmax(1)
         matrix = torch.randn(64, 64*grid.shape[0])
-        for t in (features, depth, matrix): t.requires_grad_(train)
-        return cls(features, depth, matrix, texels, grid)
+        given = (t.to(where).requires_grad_(train) for t in (features, depth, matrix))
+        return cls(*given, texels.to(where), grid)
 
 # %% ../../nbs/6_measure/60_cost.networks.ipynb #337fb139
-def lift_case(variant: str, train: bool) -> Callable: # 'plain' or 'fused' -> a call
+def lift_case(
+    variant: str,       # 'plain' or 'fused'
+    train: bool,
+    where: str="cpu",   # or 'cuda'
+) -> Callable:
     "The lift and height collapse of recipe `paper`; with `train`, and its gradient."
-    c = LiftCase.make(train)
+    c = LiftCase.make(train, where)
     kept = [rays(c.texels, c.level, c.depth.shape[1], c.grid.shape)] if variant == "fused" else []
     def collapsed():
         if kept: return lift(c.features, c.depth, kept, c.matrix.view(64, 64, -1).permute(2, 1, 0), c.grid.shape[1:])
@@ -138,23 +142,26 @@ def picture(cfg: Config, points: Tensor) -> Batch:  # points (N, 5)
 STUDENTS = ("plain", "fused", "folded", "folded, bf16")
 
 def student_case(
-    variant: str, *changes: str, name: str = "paper"
-) -> Callable:  # one of STUDENTS, or 'folded, compiled' -> a call
+    variant: str,       # one of STUDENTS, or 'folded, compiled'
+    *changes: str,
+    name: str="paper",
+    where: str="cpu",   # or 'cuda'
+) -> Callable:
     "Inference of a recipe's student with random weights."
     torch.manual_seed(0)
     lift = "plain" if variant == "plain" else "fused"
     cfg = recipe(name=name).override(f"student.lift={lift}", *changes)
-    model = camera(cfg).eval()
+    model = camera(cfg).eval().to(where)
     if variant.startswith("folded"):
         model = folded(model)
     if variant.endswith("compiled"):
         model.lifted.image = torch.compile(model.lifted.image)
         for part in ("align", "adapt", "bev2d"):
             setattr(model, part, torch.compile(getattr(model, part)))
-    batch, half = picture(cfg, torch.zeros(0, 5)), variant.endswith("bf16")
+    batch, half = picture(cfg, torch.zeros(0, 5)).to(where), variant.endswith("bf16")
 
     def call():
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.no_grad(), torch.autocast(where, torch.bfloat16, enabled=half):
             return model(batch).head
 
     return call
@@ -192,8 +199,11 @@ def student_bench(repeats: int = 3) -> DataFrame:
 
 # %% ../../nbs/6_measure/60_cost.networks.ipynb #7c8e2d39
 def step_case(
-    variant: str, *changes: str, name: str = "paper"
-) -> Callable:  # 'plain', 'fused' or 'fused, bf16' -> a call
+    variant: str,       # 'plain', 'fused' or 'fused, bf16'
+    *changes: str,
+    name: str="paper",
+    where: str="cpu",   # or 'cuda'
+) -> Callable:
     "A training step of a recipe's student, teacher included; random weights, picture and sweep."
     torch.manual_seed(0)
     lift = variant.split(",")[0]
@@ -201,18 +211,18 @@ def step_case(
     model, teacher = camera(cfg).to(memory_format=torch.channels_last).train(), lidar(cfg).eval().requires_grad_(False)
     low, high = torch.tensor(cfg.space.low), torch.tensor(cfg.space.high)
     points = F.pad(torch.cat([low + torch.rand(20_000, 3) * (high - low), torch.rand(20_000, 1)], 1), (1, 0))
-    batch, learner = picture(cfg, points), Learner(model, distiller(cfg, model))
+    batch, learner = picture(cfg, points).to(where), Learner(model, distiller(cfg, model)).to(where)
     own = learner.distiller
-    ask = Asked(teacher, own.teacher_taps["teacher"], own.soft, limit=0)  # remembers nothing
+    ask = Asked(teacher.to(where), own.teacher_taps["teacher"], own.soft, limit=0)  # remembers nothing
     half = variant.endswith("bf16")
 
     def losses(net, batch):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast(where, torch.bfloat16, enabled=half):
             taps = net(batch)
         return learner.distiller(taps, dict(teacher=ask(batch)), batch)
 
     learner.losses = losses
-    adam, here = optimiser(learner, cfg.full_stage), Accelerator(cpu=True)
+    adam, here = optimiser(learner, cfg.full_stage), Accelerator(cpu=where == "cpu")
     return lambda: step(learner, batch, adam, cfg.full_stage, (0, 10), here)
 
 # %% ../../nbs/6_measure/60_cost.networks.ipynb #13a3f72a

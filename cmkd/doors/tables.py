@@ -102,7 +102,7 @@ def run(
     table(FIRST, experiment=experiment, rows=rows)
 
 # %% ../../nbs/7_doors/74_doors.tables.ipynb #cc83d38f
-Bench = Literal["evaluate", "lift", "student", "step", "backbones", "row", "precision", "memory"]
+Bench = Literal["evaluate", "lift", "student", "step", "backbones", "row", "precision", "memory", "gpu"]
 
 def of_networks(name: str, repeats: int) -> "DataFrame":
     "A benchmark of networks with random weights."
@@ -113,6 +113,7 @@ def of_networks(name: str, repeats: int) -> "DataFrame":
 # %% ../../nbs/7_doors/74_doors.tables.ipynb #1efcbe64
 def of_runs(name: str, before: str) -> "DataFrame":
     "A benchmark of scale mini: its config, world and runs, made first where they are not here."
+    from cmkd.cost.gpu import gpu_bench
     from cmkd.cost.rows import memory_bench, precision_bench, row_bench
     from cmkd.data.sets import open_sets
     from cmkd.ledger.record import load, parents
@@ -124,7 +125,8 @@ def of_runs(name: str, before: str) -> "DataFrame":
         return memory_bench([r for r in runs if r.record["config"]["data.kind"] == "world"], data)
     fitted = lambda role: fit_or_load(cfg, role, data, weights=True)
     if name == "precision": return precision_bench(fitted("student"), open_sets(cfg.data, data).val)
-    return row_bench(cfg, data, {role: fitted(role).weights for role in parents(cfg, "student")}, before)
+    above = {role: fitted(role).weights for role in parents(cfg, "student")}
+    return gpu_bench(cfg, data, above) if name == "gpu" else row_bench(cfg, data, above, before)
 
 # %% ../../nbs/7_doors/74_doors.tables.ipynb #abcc643a
 def of_evaluator(labels: Path | None, ids: Path | None, repeats: int) -> "DataFrame":
@@ -163,6 +165,7 @@ def bench(
     """Measure CPU seconds and memory of a part.
 
     Measure a part against its plain twin, in one run on one thread, and write results/bench/NAME.csv.
+    `gpu` needs a graphics card.
 
     Args:
         name: the part
@@ -177,7 +180,7 @@ def bench(
     import torch
     torch.set_num_threads(1)
     if name == "evaluate": found = of_evaluator(labels, ids, repeats)
-    elif name in ("row", "precision", "memory"): found = of_runs(name, before)
+    elif name in ("row", "precision", "memory", "gpu"): found = of_runs(name, before)
     else: found = of_networks(name, repeats)
     options = dict(repeats=repeats if repeats != 3 else "", labels=labels and labels.name, ids=ids and ids.name,
                    before=before)
