@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from cmkd.cost import networks as bench
+from cmkd.cost import gpu, networks as bench
 from cmkd.cost.measure import measure, with_probe
 from cmkd.cost.memory import STEPS, faces, first_steps
 from cmkd.data.sets import open_sets
@@ -116,3 +116,29 @@ def test_every_backbone_of_table_8_fits(name):
             torch.zeros(1, 3, 192, 320), torch.tensor([[192, 320]])
         )
     assert maps.features.shape == (1, 64, 48, 80) and maps.logits.shape == (1, 81, 48, 80)
+
+
+def test_maps_that_say_nothing_are_not_compared():
+    "A difference is relative to the largest entry; two constant maps would agree whatever the card did."
+    there = torch.tensor([1.0, -4.0])
+    assert gpu.off(torch.tensor([1.0, -3.0]), there) == 0.25
+    with pytest.raises(ValueError, match="nothing to compare"):
+        gpu.off(torch.ones(3), torch.ones(3))
+
+
+def test_networks_of_random_weights_say_something():
+    "What is compared between a card and the CPU is alive from the first map to the head."
+    torch.manual_seed(0)
+    cfg = recipe().override(*SMALL)
+    for make in (gpu.lidar, gpu.camera):
+        taps = gpu.alive(make(cfg))(gpu.sweep_and_picture(cfg))
+        assert len(gpu.taps_off(taps, taps)) == 4 and not any(gpu.taps_off(taps, taps).values())
+
+
+def test_a_bench_without_a_card_is_refused_before_work(monkeypatch):
+    from cmkd.doors import tables
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tables, "of_runs", lambda *a: pytest.fail("work began"))
+    with pytest.raises(ValueError, match="no graphics card"):
+        tables.bench("gpu")

@@ -61,7 +61,8 @@ def beside(part: str, variants: tuple[str, ...], case: Callable) -> list[dict]: 
         cost = clocked(case(variant))
         first = rows[0] if rows else cost
         time, memory = first["ms_median"]/cost["ms_median"], cost["peak_mb"]/first["peak_mb"]
-        rows.append(gpu_row(part, variant, cost, f"{time:.1f} times faster, {memory:.2f} of the memory" if rows else ""))
+        against = f"{time:.1f} times faster, {memory:.2f} of the memory" if rows else ""
+        rows.append(gpu_row(part, variant, cost, against))
         torch.cuda.empty_cache()
     return rows
 
@@ -129,8 +130,9 @@ def same_rows(*changes: str) -> list[dict]:
             model = alive(make(cfg))
             there, here = model(batch), model.to("cuda")(batch.to("cuda"))
             rows += [gpu_row(f"{name}, off", part, dict(off=v)) for part, v in taps_off(here, there).items()]
-        bevs = [lift_case("fused", False, where)() for where in ("cpu", "cuda")]
-    return rows + [gpu_row("lift, off", "bev", dict(off=off(bevs[1], bevs[0])))]
+        bev = lift_case("fused", False)()
+        lifts = {v: off(lift_case(v, False, "cuda")(), bev) for v in ("fused", "plain")}
+    return rows + [gpu_row("lift, off", v, dict(off=d)) for v, d in lifts.items()]
 
 # %% ../../nbs/6_measure/64_cost.gpu.ipynb #1d25e8bb
 STEPS = ("plain", "fused", "fused, bf16")
@@ -162,7 +164,6 @@ def mini_rows(cfg: Config, data: Path, parents: dict[str, Path]) -> Iterator[dic
 
 # %% ../../nbs/6_measure/64_cost.gpu.ipynb #239a37aa
 def gpu_bench(cfg: Config, data: Path, parents: dict[str, Path]) -> DataFrame: # as `mini_rows`
-    "Everything above."
-    if not torch.cuda.is_available(): raise RuntimeError("cmkd bench gpu: PyTorch sees no graphics card here")
+    "Everything above, on the card that PyTorch sees."
     rows = [*same_rows(), *lift_rows(), *network_rows(), *mini_rows(cfg, data, parents)]
     return DataFrame(rows).assign(gpu=torch.cuda.get_device_name())

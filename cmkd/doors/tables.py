@@ -178,6 +178,8 @@ def bench(
     if (labels or ids) and name != "evaluate" or ids and not labels:
         raise ValueError("--labels DIR goes with cmkd bench evaluate, and --ids FILE with --labels")
     import torch
+    if name == "gpu" and not torch.cuda.is_available():
+        raise ValueError("cmkd bench gpu: PyTorch sees no graphics card here")
     torch.set_num_threads(1)
     if name == "evaluate": found = of_evaluator(labels, ids, repeats)
     elif name in ("row", "precision", "memory", "gpu"): found = of_runs(name, before)
