@@ -282,7 +282,7 @@ def test_a_street_of_its_own_is_another_data_set(tmp_path):
     "A folder that the world wrote is asked for as the street that it is; the usual street is not said twice."
     for seed in (1, 3):
         (tmp_path/f"{seed}"/"ImageSets").mkdir(parents=True)
-        (tmp_path/f"{seed}"/"world.json").write_text(json.dumps(dict(seed=seed)))
+        (tmp_path/f"{seed}"/"world.json").write_text(json.dumps(dict(seed=seed, width=320)))
     usual, other = (Experiment(data=tmp_path/f"{seed}") for seed in (1, 3))
     assert usual.config() == Experiment().config() and usual.changes() == ()
     assert other.config().diff(usual.config()) == [("data.world", 3, 1)] and other.changes() == ("data.world=3",)

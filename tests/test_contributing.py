@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from cmkd.core import Boxes, Found
+from cmkd.data.facts import manifest
 from cmkd.data.sets import KINDS, open_sets
 from cmkd.distill.roles import camera
 from cmkd.distill.store import packed, unpacked
@@ -71,7 +72,7 @@ def test_a_data_set_moves_in(parking, tmp_path):
     sets = open_sets(small("cmkd").data, tmp_path)
     assert (len(sets.train), len(sets.val), sets.unlabelled is None) == (4, 4, False)
     assert sets.unlabelled.frame(0).objects is None and len(sets.train.frame(0).views) == 2
-    assert sets.train.manifest() == open_sets(small("cmkd").data, tmp_path).train.manifest()
+    assert manifest(sets.train) == manifest(open_sets(small("cmkd").data, tmp_path).train)
     with pytest.raises(ValueError, match="'garage'; it must be one of 'kitti', 'world', 'parking'"):
         small("cmkd").override("data.kind=garage")
 

@@ -1,7 +1,10 @@
 "KITTI in and out, the loader, raw drives, augmentation: against the released code's numbers and on real frames."
 
 import functools
+import os
+import shutil
 import tarfile
+import time
 from dataclasses import fields, replace
 
 import numpy as np
@@ -13,13 +16,18 @@ from cmkd.core import Boxes, Frame
 from cmkd.data import augment
 from cmkd.data.dataset import Joined, Samples, collate, loader, no_overlap, prepare, within
 from cmkd.data.doctor import iou_2d
+from cmkd.data.facts import Memory, facts, manifest
 from cmkd.data.kitti import (
+    FILES,
     Calibration,
     Kitti,
     cam_corners,
+    frame_path,
     read_calib,
     read_detections,
+    read_image,
     read_label,
+    read_points,
     read_split,
     submission,
     to_boxes,
@@ -28,6 +36,7 @@ from cmkd.data.kitti import (
     write_calib,
     write_detections,
     write_frame,
+    write_image,
     write_label,
     write_points,
     write_split,
@@ -197,7 +206,7 @@ def test_a_frame_with_image_round_trips(small, shared, tmp_path):
             ),
             "000000.txt line 2: alpha is .x., not a number",
         ),
-        (lambda r: (r / "training/label_2/000000.txt").write_bytes(b"\xff\xfe\x00Car"), "not a text file"),
+        (lambda r: (r / "training/label_2/000000.txt").write_bytes(b"\xff\xfe\x00Car"), "no UTF-8 text"),
         (lambda r: (r / "training/calib/000000.txt").write_text("P2: 1 2 3\n"), "P2 has 3 numbers"),
         (lambda r: (r / "training/calib/000000.txt").unlink(), "000000.txt: no such file"),
         (lambda r: (r / "training/velodyne/000000.bin").write_bytes(b"0" * 33), "33 bytes"),
@@ -209,7 +218,7 @@ def test_a_frame_with_image_round_trips(small, shared, tmp_path):
             lambda r: (r / "training/image_2/000000.png").write_bytes(
                 (r / "training/image_2/000000.png").read_bytes()[:900]
             ),
-            "000000.png: not a readable picture",
+            "000000.png: .*no readable picture",
         ),
         (lambda r: (r / "training/image_2/000000.png").unlink(), "000000.png: no such file"),
         (lambda r: (r / "ImageSets/train.txt").write_text("000000\n000000\n"), "more than once"),
@@ -344,6 +353,108 @@ def test_sets_that_meet_are_refused(tmp_path):
             open_sets(wrong, tmp_path)
 
 
+@pytest.mark.parametrize("kinds", [("image_2",), ("velodyne",), ("image_2", "velodyne", "calib")])
+def test_a_copy_of_val_under_another_id_is_refused(tmp_path, kinds):
+    "A picture or a sweep alone is enough."
+    write_world(tmp_path, WorldConfig(), dict(train=2, val=1), progress=False)
+    write_split(tmp_path, "more", ["000009"])
+    for kind in FILES:
+        source = "000002" if kind in kinds else "000001"
+        shutil.copyfile(frame_path(tmp_path, kind, source), frame_path(tmp_path, kind, "000009"))
+    for data in (Data(kind="world", unlabelled="more"), Data(kind="world", train="more")):
+        with pytest.raises(ValueError, match="kitti/more holds copies of 1 frames .* 000009 is 000002"):
+            open_sets(data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind, change",
+    [
+        ("image_2", lambda p: write_image(p, 255 - read_image(p))),
+        ("velodyne", lambda p: write_points(p, read_points(p) * [1, -1, 1, 1])),
+        ("calib", lambda p: p.write_text(p.read_text().replace("P0: 1", "P0: 2"))),
+        ("label_2", lambda p: p.write_text(p.read_text() + "DontCare -1 -1 -10 1 2 3 4 -1 -1 -1 -9 -9 -9 -10\n")),
+    ],
+)
+def test_every_byte_that_is_read_counts(tmp_path, kind, change):
+    "Also where time stamps are put back, and where the folder is a link."
+    write_world(tmp_path / "real", WorldConfig(), dict(train=2, val=1), progress=False)
+    (tmp_path / "linked").mkdir()
+    for part in ("ImageSets", "training", "world.json"):
+        (tmp_path / "linked" / part).symlink_to(tmp_path / "real" / part)
+    frames = Kitti(tmp_path / "linked", "train")
+    path, memory = frame_path(tmp_path / "real", kind, "000000"), Memory(tmp_path / "facts.sqlite")
+    time.sleep(2.1)
+    was, stats = manifest(frames, facts(frames, memory)), path.stat()
+    assert manifest(frames, facts(frames, memory)) == was
+    text = path.read_bytes()
+    change(path)
+    assert path.read_bytes() != text
+    os.utime(path, ns=(stats.st_atime_ns, stats.st_mtime_ns))
+    assert manifest(frames, facts(frames, memory))["content_sha256"] != was["content_sha256"]
+
+
+def broken_point(folder):
+    frame_path(folder, "velodyne", "000003").write_bytes(np.full((4, 4), np.nan, np.float32).tobytes())
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda r: frame_path(r, "label_2", "000002").write_text("Car 1 2\n"), "000002.txt line 1: 3 columns"),
+        (broken_point, "000003.bin: point 0 is not finite"),
+        (lambda r: frame_path(r, "image_2", "000003").write_bytes(b"x"), "000003.png: .*no readable picture"),
+        (lambda r: (r / "ImageSets/val.txt").write_text(""), "val.txt: an empty split"),
+        (lambda r: [p.write_text("") for p in (r / "training/label_2").glob("*")], "no object of Car, Pedestrian"),
+        (
+            lambda r: [p.write_text(p.read_text().replace("Car", "car")) for p in (r / "training/label_2").glob("*")],
+            "is called 'car', data.classes says 'Car'; write both the same way",
+        ),
+    ],
+)
+def test_everything_is_read_before_anything_learns(tmp_path, damage, says):
+    "A label of val, a point of a frame that nobody labelled: opening the sets finds it."
+    street(tmp_path, 4)
+    write_split(tmp_path, "more", ["000003"])
+    write_split(tmp_path, "val", ["000002"])
+    write_split(tmp_path, "train", ["000000", "000001"])
+    open_sets(Data(unlabelled="more"), tmp_path)
+    damage(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        open_sets(Data(unlabelled="more"), tmp_path)
+
+
+def sweep(columns, kind, top):
+    dice = np.random.default_rng(0)
+    xyz = dice.uniform(-40, 40, (400, 3))
+    return np.c_[xyz, dice.uniform(0, top, (400, columns - 3))].astype(kind)
+
+
+@pytest.mark.parametrize(
+    "points, told",
+    [
+        (sweep(5, np.float32, 1.0), "5 columns of float32"),
+        (sweep(5, np.float32, 255.0), "5 columns of float32"),
+        (sweep(4, np.float64, 1.0), "4 columns of float64"),
+        (sweep(4, np.float32, 255.0), "reflectance from .* to 25"),
+        (sweep(6, np.float32, 1.0), "6 columns of float32"),
+    ],
+)
+def test_sweeps_of_another_form_are_refused(tmp_path, points, told):
+    (tmp_path / "a.bin").write_bytes(points.tobytes())
+    with pytest.raises(ValueError, match=f"a.bin: .*{told}.*reflectance from 0 to 1"):
+        read_points(tmp_path / "a.bin")
+
+
+def test_the_memory_of_facts_steps_aside(tmp_path):
+    "A file that is no database, or a folder where nothing may be written: one warning, the same facts."
+    write_world(tmp_path / "w", WorldConfig(), dict(train=2, val=1), progress=False)
+    frames = Kitti(tmp_path / "w", "train")
+    (tmp_path / "bad.sqlite").write_bytes(b"no database" * 1000)
+    with pytest.warns(UserWarning, match="bad.sqlite: .*changes no number"):
+        found = facts(frames, Memory(tmp_path / "bad.sqlite"))
+    assert found == facts(frames, Memory(tmp_path / "good.sqlite"))
+
+
 def test_another_street_is_refused(tmp_path):
     street(tmp_path, 6)
     with pytest.raises(ValueError, match="did not write this folder; say data.kind=kitti"):
@@ -358,13 +469,13 @@ def test_another_street_is_refused(tmp_path):
 
 def test_manifest_notices_changes(tmp_path):
     street(tmp_path, 4)
-    a = Kitti(tmp_path, "train").manifest()
-    assert a == Kitti(tmp_path, "train").manifest() and a["count"] == 2
+    a = manifest(Kitti(tmp_path, "train"))
+    assert a == manifest(Kitti(tmp_path, "train")) and a["count"] == 2
     p = tmp_path / "training/label_2/000000.txt"
     p.write_text(p.read_text().replace("Car", "Van"))
-    b = Kitti(tmp_path, "train").manifest()
+    b = manifest(Kitti(tmp_path, "train"))
     assert b["ids_sha256"] == a["ids_sha256"] and b["content_sha256"] != a["content_sha256"]
-    assert Kitti(tmp_path, "val").manifest()["ids_sha256"] != a["ids_sha256"]
+    assert manifest(Kitti(tmp_path, "val"))["ids_sha256"] != a["ids_sha256"]
 
 
 # --- augmentation ---
@@ -471,7 +582,7 @@ def test_a_split_and_an_id_are_plain_names(tmp_path, name):
             read_split(tmp_path, "train")
 
 
-NO_SPLITS = [(b"", "empty split"), (b" \n", "empty split"), (b"\xff00", "not a text file")]
+NO_SPLITS = [(b"", "empty split"), (b" \n", "empty split"), (b"\xff00", "no UTF-8 text")]
 
 
 @pytest.mark.parametrize("content, told", NO_SPLITS)

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -20,11 +21,12 @@ from cmkd.core import Boxes, Frame, View
 from cmkd.data.dataset import FrameSet
 from cmkd.data.sets import Sets
 from cmkd.doors.experiment import Experiment
+from cmkd.files import locked
 from cmkd.ledger import runs
 from cmkd.ledger.record import Run, command, config_of, load, run_name
 from cmkd.ledger.runs import begun_from, fit_all, fit_or_load
-from cmkd.ledger.spent import locked
 from cmkd.methods import hash_of, recipe
+from cmkd.reading import sha256, write_sealed
 from cmkd.train.loop import Progress
 from cmkd.train.roles import Spent
 from cmkd.world.rays import WorldConfig
@@ -38,7 +40,7 @@ FORWARD = [[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
 class Street(FrameSet):
     "Two frames with one car each."
 
-    name, labelled, metric, height_scale, content = "toy", True, "kitti", 1.0, "toy frames"
+    name, labelled, metric, height_scale = "toy", True, "kitti", 1.0
 
     def __init__(self, split, ids=("0", "1")):
         self.split, self.ids = split, tuple(ids)
@@ -49,7 +51,7 @@ class Street(FrameSet):
             self.ids[i], (view,), np.zeros((1, 4), np.float32), Boxes([[12 + i, 1, -1, 4, 1.6, 1.5, 0]], ["Car"])
         )
 
-    def evidence(self, i):
+    def evidence(self, i, frame):
         return self.ids[i].encode()
 
 
@@ -72,7 +74,7 @@ class Toy:
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
     made = Toy(tmp_path)
-    sets = lambda data, folder: Sets(
+    sets = lambda data, folder, progress=False: Sets(
         Street("train"), Street("val", ("2", "3")), Street("un", ("4", "5")) if data.unlabelled else None
     )
 
@@ -244,18 +246,102 @@ def test_other_data_is_an_error(toy, monkeypatch):
     monkeypatch.setattr(
         runs,
         "open_sets",
-        lambda data, folder: Sets(Street("train"), Street("val", ("2", "9")), Street("un", ("4", "5"))),
+        lambda *_, **__: Sets(Street("train", ("0", "9")), Street("val", ("2", "3")), Street("un", ("4", "5"))),
     )
     with pytest.raises(
-        ValueError, match="made from other data: val was 2 frames.*here it is 2 frames.*remove the folder"
+        ValueError, match="made from other data: train was 2 frames.*here it is 2 frames.*remove the folder"
     ):
         make()
+
+
+def test_other_frames_to_judge_on_train_nothing(toy, monkeypatch):
+    "No gradient depends on val: a run whose val was corrected, or is another split, is judged again."
+    first = toy()
+    val = Street("val", ("2", "9"))
+    monkeypatch.setattr(
+        runs, "open_sets", lambda *_, **__: Sets(Street("train"), val, Street("un", ("4", "5")))
+    )
+    again = toy()
+    assert len(toy.made) == 3 and again.name == first.name
+    assert again.record["data"]["val"]["ids_sha256"] != first.record["data"]["val"]["ids_sha256"]
+    assert load(first.folder).record == first.record, "the record itself stays"
+    val.split = "late"
+    assert toy(CFG.override("data.val=late")).record["config"]["data.val"] == "late" and len(toy.made) == 3
+
+
+def test_a_student_is_tied_to_its_parents(toy):
+    run = toy()
+    teacher = load(run.folder.parent / run.record["parents"]["teacher"]["name"])
+    shutil.rmtree(teacher.folder)
+    assert toy().record == run.record, "a record whose parents are not here still has its numbers"
+    teacher.folder.mkdir()
+    save_file({"w": torch.full((2,), 7.0)}, teacher.folder / "weights.safetensors")
+    write_sealed(
+        teacher.folder / "record.json",
+        teacher.record | dict(weights_sha256=sha256(teacher.folder / "weights.safetensors")),
+    )
+    with pytest.raises(ValueError, match="its teacher was smoke-teacher.*there they are.*bring that teacher back"):
+        toy()
+
+
+def test_a_published_record_is_never_written_over(toy, monkeypatch):
+    "Weights made again lie under the run's name if they are the record's, and apart from it if they are not."
+    run = toy(role="teacher")
+    kept = (run.folder / "record.json").read_bytes()
+    run.weights.unlink()
+    assert toy(role="teacher", weights=True).folder == run.folder
+
+    def other(role, cfg, work, folder, every=60.0, progress=True):
+        made = toy.fit(role, cfg, work, folder, every, progress)
+        save_file({"w": torch.full((2,), 9.0)}, folder / "weights.safetensors")
+        return made
+
+    run.weights.unlink()
+    monkeypatch.setattr(runs, "fit", other)
+    again = toy(role="teacher", weights=True)
+    assert again.folder == run.folder.parent / "remade" / run.name
+    assert (run.folder / "record.json").read_bytes() == kept and not list(run.folder.glob("*.safetensors"))
+    student = toy()
+    assert student.record["parents"]["teacher"]["weights_sha256"] == again.record["weights_sha256"]
+    assert toy().record == student.record
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda r: r["ap"].update({"Car/3D/R40/0.7/moderate": 99.0}), "its seal is broken"),
+        (lambda r: r.pop("ap"), "its seal is broken"),
+        (lambda r: r["config"].update({"seed": 5}), "its seal is broken"),
+        (lambda r: r.pop("seal"), "its seal is broken"),
+    ],
+)
+def test_an_edited_record_is_an_error(toy, change, told):
+    run = toy()
+    path = run.folder / "record.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"record.json.*{told}"):
+        toy()
+
+
+def test_a_record_belongs_to_its_config(toy):
+    run = toy()
+    record = run.record | dict(config=run.record["config"] | {"seed": 5})
+    write_sealed(run.folder / "record.json", record)
+    with pytest.raises(ValueError, match="its config belongs to smoke-student"):
+        toy()
+    path = run.folder / "record.json"
+    for broken in ("", "{", "[]", "null", '{"name": 1}'):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match="record.json"):
+            load(run.folder)
 
 
 def test_a_leak_is_an_error_before_anything_is_made(toy, monkeypatch):
     make, made, store = toy, toy.made, toy.store
 
-    def leak(data, folder):
+    def leak(data, folder, progress=False):
         raise ValueError("train and val share frame 000005")
 
     monkeypatch.setattr(runs, "open_sets", leak)
@@ -304,7 +390,7 @@ def test_lock_waits_for_the_living_and_not_for_the_dead(tmp_path, capsys):
             waited = time.perf_counter() - began
         said = capsys.readouterr().err
         if end == "let go":
-            assert waited > 0.2 and f"{tmp_path.name}: another process is at work on this run" in said
+            assert waited > 0.2 and f"{tmp_path.name}: another process is at work here" in said
             other.join()
         else:
             assert waited < 5 and not said

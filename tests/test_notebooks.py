@@ -132,7 +132,7 @@ def test_the_sync_test_notices(copy):
     "A hand-edited module, a notebook that was not exported, dirty metadata: the two commands put each of them right."
     nbdev(copy, "export")
     nbdev(copy, "clean")
-    good, module, book = tree(copy), copy/"cmkd"/"core.py", copy/"nbs"/"0_ground"/"03_config.ipynb"
+    good, module, book = tree(copy), copy/"cmkd"/"core.py", copy/"nbs"/"0_ground"/"05_config.ipynb"
     module.write_text(module.read_text() + "\n# by hand\n")
     nb = json.loads(book.read_text())
     nb["cells"][1]["metadata"]["dirty"] = True

@@ -23,9 +23,9 @@ from .networks import BACKBONES, LiftCase, lift_case, picture, step_case, studen
 from ..data.sets import open_sets
 from ..distill.roles import camera, lidar
 from ..layers.lift import Rays, rays
-from ..ledger.record import sha256
 from ..ledger.runs import judge
 from ..methods import recipe, role_of
+from ..reading import sha256
 from ..taps import Taps
 from ..train.roles import Work, fit
 

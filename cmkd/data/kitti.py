@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'MISSING', 'FILES', 'Objects', 'read_label', 'write_label', 'Calibration', 'read_matrices', 'read_calib',
-           'write_calib', 'read_points', 'write_points', 'read_image', 'write_image', 'plain', 'read_split',
-           'write_split', 'wrapped', 'to_boxes', 'cam_corners', 'clipped', 'visible', 'to_objects', 'frame_path',
-           'write_frame', 'read_frame', 'Kitti', 'write_detections', 'read_detections', 'submission']
+           'write_calib', 'read_points', 'write_points', 'read_image', 'write_image', 'plain', 'split_names',
+           'read_split', 'write_split', 'wrapped', 'to_boxes', 'cam_corners', 'clipped', 'visible', 'to_objects',
+           'frame_path', 'write_frame', 'read_frame', 'Kitti', 'write_detections', 'read_detections', 'submission']
 
 # %% ../../nbs/1_data/11_data.kitti.ipynb #40ba5164
 import re
+import struct
+import warnings
 import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from ..core import Boxes, Frame, Pinhole, View
 from .dataset import FrameSet
 from ..files import atomic
 from ..geometry import cam_to_lidar, lidar_to_cam
+from ..reading import read_text, reading
 
 # %% ../../nbs/1_data/11_data.kitti.ipynb #91964d5a
 COLUMNS = ("truncation", "occlusion", "alpha", "left", "top", "right", "bottom",
@@ -51,10 +54,9 @@ class Objects:
 MISSING = "no such file; copy it from the data set, or leave its id out of the split"
 
 def _text(path) -> str:
-    "The text of a file, or an error that says which file of the data set is missing."
-    try: return Path(path).read_text()
+    "The text of a file, or an error that says which file of the data set is missing or none."
+    try: return read_text(path)
     except FileNotFoundError: raise FileNotFoundError(f"{path}: {MISSING}") from None
-    except UnicodeDecodeError: raise ValueError(f"{path}: this is not a text file; copy it again") from None
 
 def _is_number(text: str) -> bool:
     try: float(text)
@@ -179,17 +181,36 @@ def write_calib(path, calib: Calibration) -> None:
     with atomic(path) as temp: temp.write_text("".join(lines))
 
 # %% ../../nbs/1_data/11_data.kitti.ipynb #faacb85e
-def read_points(path) -> np.ndarray: # (N, 4) float32 x y z reflectance, lidar frame, m
-    "A Velodyne sweep (`velodyne/*.bin`)."
-    try: data = Path(path).read_bytes()
+def _is_sweep(points: np.ndarray, top: float=1.) -> bool: # (N, 4 or more)
+    "Could these be x y z reflectance: finite, within 1 km, reflectance from 0 to `top`?"
+    with np.errstate(all="ignore"):
+        near = np.isfinite(points[:, :4]).all() and (np.abs(points[:, :3]) < 1000).all()
+        return bool(near and (points[:, 3] >= 0).all() and (points[:, 3] <= top).all())
+
+def _guessed(data: bytes) -> str:
+    "What a sweep that is no four float32 columns may be instead."
+    for kind, columns in ((np.float32, 5), (np.float32, 6), (np.float64, 4), (np.float64, 5), (np.float32, 4)):
+        if len(data) % (np.dtype(kind).itemsize*columns): continue
+        if _is_sweep(np.frombuffer(data, kind).reshape(-1, columns), 255.):
+            layout = f"{columns} columns of {np.dtype(kind).name}, reflectance up to 255"
+            return f"it may be {layout}; write x y z reflectance as float32, reflectance from 0 to 1"
+    return "KITTI's sweeps are x y z reflectance as float32; copy the file again, or write it so"
+
+def read_points(path) -> np.ndarray: # (N, 4) float32 x y z reflectance (0 to 1), lidar frame, m
+    "A Velodyne sweep (`velodyne/*.bin`); what cannot be one, such as five columns or float64, is an error."
+    try:
+        with reading(path, "copy it again"): data = Path(path).read_bytes()
     except FileNotFoundError: raise FileNotFoundError(f"{path}: {MISSING}") from None
     if len(data) % 16:
-        told = f"{len(data)} bytes is no whole number of 16-byte points, the file was cut"
-        raise ValueError(f"{path}: {told}; copy it again")
+        told = f"{len(data)} bytes is no whole number of 16-byte points, the file was cut or is of another form"
+        raise ValueError(f"{path}: {told}; {_guessed(data)}")
     points = np.frombuffer(data, np.float32).reshape(-1, 4).copy()
-    if not np.isfinite(points).all():
-        raise ValueError(f"{path}: point {np.argwhere(~np.isfinite(points))[0, 0]} is not finite; copy the file again")
-    return points
+    if _is_sweep(points): return points
+    if not np.isfinite(points).all(): told = f"point {np.argwhere(~np.isfinite(points))[0, 0]} is not finite"
+    else:
+        low, high, far = points[:, 3].min(), points[:, 3].max(), np.abs(points[:, :3]).max()
+        told = f"reflectance from {low:g} to {high:g}, points up to {far:g} m away"
+    raise ValueError(f"{path}: {told}; {_guessed(data)}")
 
 # %% ../../nbs/1_data/11_data.kitti.ipynb #1212d498
 def write_points(path, points: np.ndarray) -> None:
@@ -200,11 +221,12 @@ def write_points(path, points: np.ndarray) -> None:
 
 def read_image(path) -> np.ndarray: # (H, W, 3) uint8 RGB
     "A picture (`image_2/*.png`)."
+    foreign = (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError, struct.error)
     try:
-        with Image.open(path) as im: return np.asarray(im.convert("RGB"))
+        with reading(path, "no readable picture, copy it again", *foreign), warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as im: return np.asarray(im.convert("RGB"))
     except FileNotFoundError: raise FileNotFoundError(f"{path}: {MISSING}") from None
-    except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f"{path}: not a readable picture ({e}); copy it again") from None
 
 # %% ../../nbs/1_data/11_data.kitti.ipynb #7f63c1ce
 def write_image(path, image: np.ndarray) -> None:
@@ -217,11 +239,15 @@ def plain(name: str, what: str) -> str: # what it names, for the error
     if re.fullmatch(r"\w[\w.-]*", name): return name
     raise ValueError(f"{what} {name!r} is no plain name; write letters, digits, '_', '-', '.', as in 000024")
 
+def split_names(root) -> list[str]:
+    "The splits of `ImageSets`; a file that is hidden, or still being written, is none."
+    return sorted(p.stem for p in (Path(root)/"ImageSets").glob("*.txt") if not p.name.startswith("."))
+
 def read_split(root, name: str) -> tuple[str, ...]:
     "The ids of `ImageSets/<name>.txt`, in order; no id, a repeated one or a path in place of one is an error."
     path = Path(root)/"ImageSets"/f"{plain(name, 'split')}.txt"
     if not path.exists():
-        there = sorted(p.stem for p in path.parent.glob("*.txt"))
+        there = split_names(root)
         raise FileNotFoundError(f"{path}: no such split; there are {there or f'none: is {root} a KITTI folder?'}")
     ids = tuple(_text(path).split())
     if not ids: raise ValueError(f"{path}: an empty split; write one id a line")
@@ -330,7 +356,6 @@ def read_frame(root, id: str, subset: str = "training", labelled: bool = True) -
 class Kitti(FrameSet):
     "A split of a KITTI 3D folder; `labelled=False` hides the labels, whatever is on disk."
     name = "kitti"
-    content = "calib and label bytes; width and height of images, number of points"
 
     def __init__(self, root, split: str, labelled: bool=True, subset: str="training"):
         self.root, self.split, self.labelled, self.folder = Path(root), split, labelled, subset
@@ -346,10 +371,12 @@ class Kitti(FrameSet):
         "The label file as it is, DontCare rows included: what an evaluation compares with."
         return read_label(self.path("label_2", i))
 
-    def evidence(self, i: int) -> bytes:
-        texts = [self.path(k, i).read_bytes() for k in ("calib", "label_2")[:1 + self.labelled]]
-        with Image.open(self.path("image_2", i)) as image: size = image.size       # reads the header only
-        return b"\n".join(texts) + f"{size}/{self.path('velodyne', i).stat().st_size//16}".encode()
+    def files(self, i: int) -> tuple[Path, ...]:
+        return tuple(self.path(k, i) for k in ("image_2", "velodyne", "calib", "label_2")[:3 + self.labelled])
+
+    def evidence(self, i: int, frame: Frame) -> bytes:
+        "Calibration and label byte by byte: an evaluation reads more of them than a `Frame` holds."
+        return b"\n".join(p.read_bytes() for p in self.files(i)[2:])
 
 # %% ../../nbs/1_data/11_data.kitti.ipynb #82194075
 def write_detections(

@@ -6,7 +6,6 @@
 __all__ = ['raw_id', 'read_raw_list', 'read_raw_calib', 'drive_ids', 'KittiRaw', 'object_to_raw', 'split_leaks', 'refuse_overlap']
 
 # %% ../../nbs/1_data/12_data.kitti_raw.ipynb #821e0247
-import json
 import re
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 from ..core import Frame
 from .dataset import FrameSet
 from .kitti import Calibration, read_image, read_matrices, read_points
+from ..reading import read_json, read_text, reading
 
 # %% ../../nbs/1_data/12_data.kitti_raw.ipynb #46bbf70c
 _RAW = re.compile(r"(\d{4}_\d\d_\d\d_drive_\d{4}_sync)/(?:image_02/data/)?(\d{10})(?:\.png)?$")
@@ -29,7 +29,7 @@ def raw_id(text: str) -> str:
 def read_raw_list(path) -> tuple[str, ...]:
     "The ids of a list file, one frame a line, in order (`eigen_clean.txt`: the paper's 14,940 frames *Eigen clean*)."
     ids = []
-    for n, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for n, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip(): continue
         try: ids.append(raw_id(line))
         except ValueError as e: raise ValueError(f"{path} line {n}: {e}") from None
@@ -61,7 +61,6 @@ def drive_ids(root, *drives: str) -> tuple[str, ...]:
 # %% ../../nbs/1_data/12_data.kitti_raw.ipynb #58f3a6dc
 class KittiRaw(FrameSet):
     "Unlabelled frames of raw drives; ids default to everything under `root`."
-    content = "calibration; sizes of image and point files"
 
     def __init__(self, root, ids=None, split: str="raw"):
         self.root, self.split, self.labelled, self.name = Path(root), split, False, "kitti_raw"
@@ -69,7 +68,7 @@ class KittiRaw(FrameSet):
         self.rigs = {day: read_raw_calib(self.root/day) for day in sorted({i[:10] for i in self.ids})}
 
     def paths(self, i: int) -> tuple[Path, Path]:
-        "The picture and the sweep of frame i."
+        "The picture and the sweep of frame number i."
         drive, n = self.ids[i].split("/")
         folder = self.root/drive[:10]/drive
         return folder/f"image_02/data/{n}.png", folder/f"velodyne_points/data/{n}.bin"
@@ -78,14 +77,15 @@ class KittiRaw(FrameSet):
         image, points = self.paths(i)
         return Frame(self.ids[i], (self.rigs[self.ids[i][:10]].view(read_image(image)),), read_points(points))
 
-    def evidence(self, i: int) -> bytes:
-        rig = self.rigs[self.ids[i][:10]].pinhole
-        return rig.lidar_to_img.tobytes() + "/".join(str(p.stat().st_size) for p in self.paths(i)).encode()
+    def files(self, i: int) -> tuple[Path, ...]:
+        day = self.root/self.ids[i][:10]
+        return *self.paths(i), day/"calib_cam_to_cam.txt", day/"calib_velo_to_cam.txt"
 
 # %% ../../nbs/1_data/12_data.kitti_raw.ipynb #e5ed7e5b
 def object_to_raw(path) -> dict[str, str]:
     "KITTI 3D id -> raw id, from a JSON file of id: [date, drive, frame]."
-    return {i: raw_id(f"{drive}/{frame}") for i, (_, drive, frame) in json.loads(Path(path).read_text()).items()}
+    with reading(path, "use the mapping of the full data set: id to [date, drive, frame]", TypeError, ValueError):
+        return {i: raw_id(f"{drive}/{frame}") for i, (_, drive, frame) in read_json(path, "copy it again").items()}
 
 # %% ../../nbs/1_data/12_data.kitti_raw.ipynb #e7e3afcc
 def split_leaks(

@@ -7,18 +7,15 @@ __all__ = ['DETECTOR', 'NEEDS', 'Released', 'may_lack', 'read_released', 'save_r
            'load_converted', 'summary']
 
 # %% ../../nbs/5_methods/58_distill.released.ipynb #58f4e59b
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import Config
-from ..files import atomic, write_json
+from ..files import atomic
 from ..methods import config_from, recipe, role_of
 from cmkd.models.checkpoints import (
     BACKBONES,
@@ -32,7 +29,8 @@ from cmkd.models.checkpoints import (
     to_spconv2,
     unwrapped,
 )
-from ..train.roles import save_weights
+from ..reading import read_sealed, reading, sha256, write_sealed
+from ..train.roles import load_network, save_weights
 
 # %% ../../nbs/5_methods/58_distill.released.ipynb #622a82d7
 @dataclass(frozen=True)
@@ -128,6 +126,7 @@ def convert(path, folder, *changes: str) -> Released:
     found = read_released(path, *changes)
     save_weights(assembled(found), folder / "weights.safetensors")
     about = dict(
+        weights_sha256=sha256(folder / "weights.safetensors"),
         role=found.role,
         config=found.config.flat(),
         source=found.path.name,
@@ -135,23 +134,21 @@ def convert(path, folder, *changes: str) -> Released:
         left_out=found.left_out,
         absent=found.absent,
     )
-    write_json(folder / "config.json", about)
+    write_sealed(folder / "config.json", about)
     return found
 
 # %% ../../nbs/5_methods/58_distill.released.ipynb #a70cd77b
 def load_converted(folder) -> tuple[Config, str, nn.Module]:
     "Config, role and network, in eval mode, that `convert` wrote."
-    folder = Path(folder)
-    try:
-        about = json.loads((folder / "config.json").read_text())
+    note, weights = Path(folder) / "config.json", Path(folder) / "weights.safetensors"
+    again = "make it again with cmkd convert"
+    about = read_sealed(note, again)
+    with reading(note, f"not a whole note of a converted checkpoint, {again}", KeyError, TypeError, ValueError):
         cfg, role = config_from(about["config"]), about["role"]
-        network = role_of(cfg, role).build(cfg)
-        network.load_state_dict(load_file(folder / "weights.safetensors"))
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
-        raise ValueError(
-            f"{folder}: not a converted checkpoint, or not a whole one; make it again with cmkd convert: {str(e)[:300]}"
-        ) from e
-    return cfg, role, network.eval()
+        made = role_of(cfg, role)
+    if about["format"] > 1 and sha256(weights) != about.get("weights_sha256"):
+        raise ValueError(f"{weights}: not the weights that {note.name} describes; {again}")
+    return cfg, role, load_network(made, cfg, weights)
 
 # %% ../../nbs/5_methods/58_distill.released.ipynb #f4dd7dec
 def summary(found: Released) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..files import write_json
+from ..reading import read_text
 
 # %% ../../nbs/7_doors/72_doors.data.ipynb #46b2124e
 def doctor(path: Path, /, *, out: Path | None = None) -> int:
@@ -115,7 +116,7 @@ def evaluate(
     """
     from cmkd.evaluate.folders import read_folders
     from cmkd.evaluate.kitti import evaluate, table
-    named = ids.read_text().split() if ids else None
+    named = read_text(ids, "name a file with one id a line").split() if ids else None
     truth, boxes = read_folders(labels, detections, named, allow_missing)
     found = evaluate(truth, boxes, height_scale=height_scale, draws=bootstrap)
     print(table(found, strict=True).to_string())

@@ -6,7 +6,6 @@
 __all__ = ['street_of', 'kitti_folder', 'Experiment']
 
 # %% ../../nbs/7_doors/70_doors.experiment.ipynb #3696e1b2
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,7 +18,9 @@ from ..config import RECIPES, SCALES, Config
 def street_of(folder: Path) -> int | None: # a seed
     "Which street of the embedded world wrote this folder; `None` if none did."
     mark = folder/"world.json"
-    return json.loads(mark.read_text())["seed"] if mark.exists() else None
+    if not mark.exists(): return None
+    from cmkd.data.sets import street_made
+    return street_made(folder)["seed"]
 
 def kitti_folder(path: Path) -> Path:
     "A folder in KITTI's layout, or an error that says how to look at it."

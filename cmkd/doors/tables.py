@@ -15,6 +15,7 @@ from cyclopts import Parameter
 
 from .experiment import Experiment
 from ..files import atomic, root
+from ..reading import read_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -135,7 +136,7 @@ def of_evaluator(labels: Path | None, ids: Path | None, repeats: int) -> "DataFr
     from cmkd.data.kitti import read_label
     from cmkd.evaluate.streets import bench_labels
     if labels is None: return evaluator(bench_labels(), repeats)
-    named = ids.read_text().split() if ids else None
+    named = read_text(ids, "name a file with one id a line").split() if ids else None
     files = sorted(labels.glob("*.txt"))
     if not files: raise FileNotFoundError(f"--labels {labels}: no label files there")
     files = [p for p in files if named is None or p.stem in named]

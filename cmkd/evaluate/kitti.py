@@ -17,6 +17,7 @@ from .curves import Contest, average_precision, curve_of
 from .matching import DIFFICULTIES
 from .overlaps import overlaps
 from ..machine import rng
+from ..reading import read_text
 
 # %% ../../nbs/4_evaluate/44_evaluate.kitti.ipynb #7a489cdb
 CLASSES = ("Car", "Pedestrian", "Cyclist")   # those that KITTI judges
@@ -62,7 +63,7 @@ def check(
                 where = ("labels", "detections")[kind]
                 raise ValueError(f"{where}[{i}] row {row}: {wrong}; correct or drop the row")
             path = files[kind][i]
-            lines = [n for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+            lines = [n for n, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
             raise ValueError(f"{path} line {lines[row]}: {wrong}; correct or drop the line")
 
 # %% ../../nbs/4_evaluate/44_evaluate.kitti.ipynb #1f5b0c7a

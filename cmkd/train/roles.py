@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Work', 'Plan', 'Role', 'Method', 'run_hash', 'refuse_broken_convolutions', 'refuse_missing', 'save_weights',
-           'load_network', 'Spent', 'fit']
+           'read_weights', 'load_network', 'Spent', 'fit']
 
 # %% ../../nbs/4_train/43_train.roles.ipynb #7098f853
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from ..core import Boxes
 from ..data.sets import Sets
 from ..files import atomic
 from ..machine import device as pick_device
+from ..reading import reading
 from .loop import Leg, Progress, train
 from .step import Learner, Stage
 
@@ -109,12 +110,16 @@ def save_weights(model: nn.Module, path: Path) -> None:
     "The weights of a network, atomically."
     with atomic(path) as temp: save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temp)
 
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    "Named tensors of a safetensors file."
+    remedy = "bring it back, or remove its folder and make it again"
+    with reading(path, remedy, SafetensorError, ValueError): return load_file(path)
+
 def load_network(role: Role, cfg: Config, weights: Path) -> nn.Module:
     "The network of a role with the weights of a run, in eval mode; a file that does not fit is an error that names it."
     network = role.build(cfg)
-    try: network.load_state_dict(load_file(weights))
-    except (RuntimeError, SafetensorError) as e:
-        raise ValueError(f"{weights} does not fit this {role.name} (another config or role?): {str(e)[:300]}") from e
+    with reading(weights, f"it does not fit this {role.name}, which may be of another config or role", RuntimeError):
+        network.load_state_dict(read_weights(weights))
     return network.eval()
 
 # %% ../../nbs/4_train/43_train.roles.ipynb #011ce8eb
