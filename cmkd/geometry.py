@@ -7,12 +7,14 @@ __all__ = ['homogeneous', 'lidar_to_cam', 'cam_to_lidar', 'cam_to_img', 'lidar_t
            'depth_map', 'scaled', 'Grid', 'DepthBins', 'Space', 'lidar_grid', 'image_grid', 'bev_grid']
 
 # %% ../nbs/0_ground/06_geometry.ipynb #837840af
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .config import number, numbers, whole
 from .core import Pinhole
 
 # %% ../nbs/0_ground/06_geometry.ipynb #38418f10
@@ -181,20 +183,28 @@ class DepthBins:
 @dataclass(frozen=True)
 class Space:
     "The part of the lidar frame that is modelled, in metres, and its cells."
-    low: tuple[float, ...] = (2., -30.08, -3.)
-    high: tuple[float, ...] = (46.8, 30.08, 1.)
-    lidar_voxel: tuple[float, ...] = (.04, .04, .1)
-    image_voxel: tuple[float, ...] = (.16, .16, .16)
-    bev_cell: float = .32                     # cell of the BEV map that teacher and student share
-    depth: tuple[float, ...] = (2., 46.8)     # range of the depth bins
-    depth_bins: int = 80                      # D, LID
-    max_points: int = 5                       # points kept in one LiDAR voxel
-    max_voxels: int = 40000                   # voxels kept in one frame
+    low: numbers(-1000, 1000, 3, 3) = (2., -30.08, -3.)
+    high: numbers(-1000, 1000, 3, 3) = (46.8, 30.08, 1.)
+    lidar_voxel: numbers(0, 100, 3, 3, above=True) = (.04, .04, .1)
+    image_voxel: numbers(0, 100, 3, 3, above=True) = (.16, .16, .16)
+    bev_cell: number(0, 100, above=True) = .32                     # cell of the BEV map that teacher and student share
+    depth: numbers(0, 1000, 2, 2) = (2., 46.8)     # range of the depth bins
+    depth_bins: whole(2, 1000) = 80                      # D, LID
+    max_points: whole(1, 1000) = 5                       # points kept in one LiDAR voxel
+    max_voxels: whole(1, 10**6) = 40000                   # voxels kept in one frame
 
     def __post_init__(self):
         for name, n in (("low", 3), ("high", 3), ("lidar_voxel", 3), ("image_voxel", 3), ("depth", 2)):
             got = getattr(self, name)
             if len(got) != n: raise ValueError(f"space.{name} takes {n} numbers, got {got}")
+        if not all(a < b for a, b in zip(self.low, self.high, strict=True)):
+            raise ValueError(f"space.low {self.low} must lie below space.high {self.high}")
+        if not self.depth[0] < self.depth[1]: raise ValueError(f"space.depth {self.depth} must begin before it ends")
+        for name, cell in (("lidar_voxel", self.lidar_voxel), ("image_voxel", self.image_voxel),
+                           ("bev_cell", (self.bev_cell,)*2)):
+            sides = zip(self.low, self.high, cell, strict=False)
+            cells = math.prod(max(1, (high - low)/c) if c > 0 else math.inf for low, high, c in sides)
+            if cells > 2**31: raise ValueError(f"space.{name} {cell} makes {cells:.1g} cells; the most are {2**31:,}")
 
 # %% ../nbs/0_ground/06_geometry.ipynb #7d6ffbe2
 def lidar_grid(space: Space) -> Grid:

@@ -67,7 +67,7 @@ class Toy:
     def fit(self, role, cfg, work, folder, every=60.0, progress=True):
         self.made.append((role.name, *(p.parent.name for _, p in sorted(work.parents.items()))))
         save_file({"w": torch.full((2,), float(cfg.seed))}, folder / "weights.safetensors")
-        (folder / "checkpoint.pt").write_text("")
+        (folder / "checkpoint.safetensors").write_text("")
         return Spent(Progress(cpu_seconds=100.0, wall_seconds=50.0), {"sweeps": 7})
 
 
@@ -146,7 +146,7 @@ def test_what_a_record_holds(toy):
         "seconds of earlier sessions count"
     )
     assert r["cost"]["sweeps"] == 7, "and what the training counted"
-    assert r["finished"] >= r["started"] and "ap" in r and not (run.folder / "checkpoint.pt").exists()
+    assert r["finished"] >= r["started"] and "ap" in r and not (run.folder / "checkpoint.safetensors").exists()
     assert not any(str(v).startswith("/") for v in json.dumps(r).split('"')), "a record names no path of this machine"
 
 
@@ -170,7 +170,8 @@ def test_a_cut_leaves_no_record(toy, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             make(role="teacher")
     folder = store / run_name(CFG, "teacher")
-    assert not (folder / "record.json").exists() and (folder / "checkpoint.pt").exists() and load(folder) is None
+    assert not (folder / "record.json").exists() and (folder / "checkpoint.safetensors").exists()
+    assert load(folder) is None
     assert make(role="teacher").record["ap"]
 
 
@@ -189,7 +190,7 @@ def test_a_half_written_record_never_shows(toy, monkeypatch):
             make(role="teacher")
     assert sorted(p.name for p in (store / run_name(CFG, "teacher")).iterdir()) == [
         "begun_from.json",
-        "checkpoint.pt",
+        "checkpoint.safetensors",
         "lock",
         "weights.safetensors",
     ]
@@ -199,7 +200,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(tmp_path):
     "A checkpoint of other data or other parents is refused; without a checkpoint the note is simply renewed."
     begun_from(tmp_path, dict(data="a", parents={}))
     begun_from(tmp_path, dict(data="b", parents={}))
-    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"")
     begun_from(tmp_path, dict(data="b", parents={}))
     with pytest.raises(ValueError, match="begun from other data"):
         begun_from(tmp_path, dict(data="b", parents={"teacher": "x"}))
@@ -323,6 +324,12 @@ def test_an_edited_record_is_an_error(toy, change, told):
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=f"record.json.*{told}"):
         toy()
+
+
+def test_a_record_of_the_last_version_loads(golden):
+    "It has no seal, and its name was made by a rule that counted val."
+    run = load(golden / "form1" / "mini-teacher-fa30ab64f1")
+    assert run.ap(iou=0.5) > 50 and run.config.scale == "mini" and run.record["format"] == 1
 
 
 def test_a_record_belongs_to_its_config(toy):

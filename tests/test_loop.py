@@ -1,5 +1,7 @@
 "The loop and the roles: the same bits after every kill, the released schedule, errors with a remedy, legs in order."
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +18,15 @@ from cmkd.machine import cast, seed_everything
 from cmkd.methods import METHODS, recipe, role_of
 from cmkd.train import loop
 from cmkd.train.feed import feed
-from cmkd.train.loop import Leg, train
+from cmkd.train.loop import (
+    CHECKPOINT,
+    Leg,
+    Progress,
+    cut_off,
+    restore_optimiser,
+    save_checkpoint,
+    train,
+)
 from cmkd.train.roles import Work, fit, refuse_broken_convolutions
 from cmkd.train.step import Learner, Stage, one_cycle, optimiser, total
 
@@ -108,9 +118,51 @@ def test_killed_twice_and_called_again(through, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes(b"cut")
-    with pytest.raises(RuntimeError, match="checkpoint.pt cannot be read"):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="checkpoint.safetensors: .*delete it to start this run again"):
         Toy(tmp_path)
+
+
+@pytest.mark.parametrize("at", range(0, 40))
+def test_a_changed_byte_of_a_checkpoint_is_noticed(tmp_path, at):
+    with pytest.raises(KeyboardInterrupt):
+        Toy(tmp_path, 6, 0.0)
+    path = tmp_path / "checkpoint.safetensors"
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at / 40)] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="checkpoint.safetensors: .*delete it to start this run again"):
+        Toy(tmp_path)
+
+
+def test_a_checkpoint_of_the_last_version_goes_on(through, golden, tmp_path):
+    "Written by version 1 after five of nine steps of this very run."
+    folder, whole = through
+    shutil.copy(golden / "form1" / "checkpoint.pt", tmp_path)
+    again = Toy(tmp_path, every=0.0)
+    for (k, a), b in zip(whole.net.state_dict().items(), again.net.state_dict().values(), strict=True):
+        assert torch.equal(a, b), k
+    assert again.seen == whole.seen[5:]
+
+
+def test_moments_lie_as_their_parameters_do(tmp_path):
+    "A fused step goes through memory as it lies; a file keeps no strides."
+    make = lambda: nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    learner = Learner(make())
+    adam = optimiser(learner, Stage())
+    take = lambda net, adam: (net(torch.ones(1, 3, 5, 5)).square().sum().backward(), adam.step(), adam.zero_grad())
+    take(learner.network, adam)
+    save_checkpoint(tmp_path / CHECKPOINT, Progress(), learner, adam)
+    other = Learner(make())
+    saved = cut_off(tmp_path)
+    other.load_state_dict(saved.learner)
+    again = optimiser(other, Stage())
+    restore_optimiser(again, saved)
+    for l, a in ((learner, adam), (other, again)):
+        take(l.network, a)
+    for a, b in zip(learner.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_log(through):
@@ -125,7 +177,8 @@ def test_the_log(through):
 
 
 def test_nan_ends_the_run_before_it_spoils_the_weights(tmp_path):
-    with pytest.raises(FloatingPointError, match="first step 2: the loss is nan, .*lower the stage's lr"):
+    told = "first step 2: box is nan; lower the stage's lr.*; frames 0/2, kept in .*stopped_at"
+    with pytest.raises(FloatingPointError, match=told):
         Toy(tmp_path, nan_at=3)
     again = Toy(tmp_path)
     assert all(v.isfinite().all() for v in again.net.state_dict().values())
@@ -139,7 +192,7 @@ def test_a_last_step_that_spoils_the_weights_is_no_finished_run(tmp_path):
     wild = Leg("wild", Stage(lr=3e38, weight_decay=3e38), 1, one, 1, losses)
     with pytest.raises(FloatingPointError, match="wild step 0: 1 tensors are not finite, first network.weight"):
         train(Learner(net), [wild], tmp_path, "run", progress=False, device="cpu")
-    assert not (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "metrics.csv").exists()
+    assert not (tmp_path / "checkpoint.safetensors").exists() and not (tmp_path / "metrics.csv").exists()
 
 
 def test_a_gradient_that_is_no_number_ends_it_too(tmp_path):
@@ -147,7 +200,7 @@ def test_a_gradient_that_is_no_number_ends_it_too(tmp_path):
     net = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(net.weight)
     one = lambda e, s: iter([some_batch(torch.zeros(1, 1, 3, 1, 1))])
-    with pytest.raises(FloatingPointError, match="root step 0: the loss is 0.0, its gradient"):
+    with pytest.raises(FloatingPointError, match="root step 0: the losses are finite, their gradient is"):
         train(
             Learner(net),
             [

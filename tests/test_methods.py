@@ -96,7 +96,7 @@ def test_an_adapter_trains_resumes_and_is_no_part_of_the_student(street, parents
     monkeypatch.setattr(loop, "save_checkpoint", dies)
     with pytest.raises(KeyboardInterrupt):
         fit(role, cfg, job, tmp_path / "cut", 0.0, False)
-    state = loop.load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["learner"]
+    state = loop.load_checkpoint(tmp_path / "cut" / loop.CHECKPOINT).learner
     assert torch.equal(state["distiller.adapter.weight"], saved[-1]["adapter.weight"]), "the adapter is checkpointed"
     monkeypatch.setattr(loop, "save_checkpoint", kept)
     fit(role, cfg, job, tmp_path / "cut", 0.0, False)

@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'street_made', 'Street', 'kitti', 'Data', 'Sets', 'first', '
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import choice
+from ..config import choice, number, whole, wholes
 from .dataset import FrameSet, Joined, no_overlap
 from .facts import facts, no_copies, paragraph, refuse_nonsense
 from .kitti import Kitti
@@ -55,26 +55,28 @@ KINDS = {"kitti": kitti, "world": Street}   # what `data.kind` opens: (root, spl
 class Data:
     "Which frames, of which classes, at which size."
     kind: str = "kitti"                       # one of KINDS
-    world: int = 0                            # seed of the embedded street; 0 for any, and where kind is not 'world'
+    world: whole(0, 2**62) = 0                # seed of the embedded street; 0 for any, and where there is none
     classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist")  # that are learned, in the order of their labels
     train: str = "train"                      # ImageSets name of the labelled training frames
     val: str = "val"                          # ImageSets name of the frames that AP is measured on
     unlabelled: str = ""                      # ImageSets name or drives of the frames nobody labelled; '' for none
-    train_frames: int = 0                     # use the first so many; 0 is all
-    val_frames: int = 0
-    unlabelled_frames: int = 0
-    image_size: tuple[int, ...] = ()          # (height, width) px to resize to; () keeps the native size
-    flip: float = .5                          # probability of the joint image and points flip
-    mirror: float = -1.                       # u -> W + mirror - u; the released code writes W - u
-    photometric: float = 0.                   # strength of brightness, contrast and gamma jitter
-    rotation: float = .7853982                # teacher only: global rotation up to +- so many rad (SECOND)
-    scaling: float = .05                      # teacher only: global scaling up to +- this fraction (SECOND)
+    train_frames: whole(0, 10**7) = 0                     # use the first so many; 0 is all
+    val_frames: whole(0, 10**7) = 0
+    unlabelled_frames: whole(0, 10**7) = 0
+    image_size: wholes(16, 10_000, 0, 2) = ()          # (height, width) px to resize to; () keeps the native size
+    flip: number(0, 1) = .5                          # probability of the joint image and points flip
+    mirror: number(-10, 10) = -1.                       # u -> W + mirror - u; the released code writes W - u
+    photometric: number(0, 1) = 0.                   # strength of brightness, contrast and gamma jitter
+    rotation: number(0, 3.15) = .7853982                # teacher only: global rotation up to +- so many rad (SECOND)
+    scaling: number(0, .99) = .05                      # teacher only: global scaling up to +- this fraction (SECOND)
 
     def __post_init__(self):
         choice("data.kind", self.kind, tuple(KINDS))
         if self.world and self.kind != "world":
             raise ValueError(f"data.world={self.world} names an embedded street; data.kind={self.kind} has none: "
                              "set data.world=0")
+        if len(self.image_size) not in (0, 2):
+            raise ValueError(f"data.image_size is {self.image_size}; give height and width in px, or []: native size")
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise ValueError(f"data.classes is {self.classes}; name at least one class, and none twice")
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..boxes import nearest_bev
-from ..config import RECIPES, choice
+from ..config import RECIPES, choice, number
 from ..core import Batch, Found
 from .base import Distiller
 from .depth import depth_term
@@ -34,13 +34,13 @@ class Distill:
     "What is learned, and how much it counts (Eq. 2 to 8)."
 
     feature: bool = True  # L_feat
-    feature_weight: float = 1.0
+    feature_weight: number(0, 1e4) = 1.0
     feature_norm: bool = False  # divide by the mean square of the teacher's map: a zero map then costs 1
     response: str = "soft"  # 'soft' boxes (Eq. 4, 5), 'dense' raw maps (released), 'hard' labels
     hard: tuple[str, ...] = ()  # classes whose soft boxes are too poor: labels instead (section 4.8)
     quality: bool = True  # s_i in Eq. 4 and 5
-    score: float = 0.1  # soft boxes and dense anchors below are not learned from
-    depth_weight: float = 0.0  # joint depth loss while the student trains
+    score: number(0, 1) = 0.1  # soft boxes and dense anchors below are not learned from
+    depth_weight: number(0, 1e4) = 0.0  # joint depth loss while the student trains
     losses: Losses = Losses(targets="label")  # C^soft of Eq. 5 is read as the soft label's score (1 for a hard label)
 
     def __post_init__(self):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..config import choice
+from ..config import choice, number
 from ..core import Batch
 from .base import Distiller
 from .cmkd import feature_loss
@@ -28,7 +28,7 @@ TAPS = ("bev", "bev2d")
 class Hint:
     "Which map is hinted at, and how much that counts."
     tap: str = "bev"                          # 'bev' before the 2D backbone, 'bev2d' after it
-    weight: float = 1.
+    weight: number(0, 1e4) = 1.
     normalise: bool = True                    # divide by the mean square of the teacher's map
     labels: Losses = Losses(targets="label")  # of the detection loss beside it
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..config import choice
+from ..config import choice, number
 from ..core import Batch
 from .base import Distiller
 from .roles import DEPTH, TEACHER, MonoConfig, Pupil, at_scale, student_role
@@ -22,7 +22,7 @@ from ..train.roles import Method
 @dataclass(frozen=True)
 class Logits:
     "From which score on an anchor teaches its box, and how the parts weigh."
-    score: float = .1
+    score: number(0, 1) = .1
     losses: Losses = Losses()
 
 # %% ../../nbs/5_methods/52_distill.logits.ipynb #f80218ab

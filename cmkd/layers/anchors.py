@@ -7,31 +7,36 @@ __all__ = ['Head', 'make_anchors', 'anchor_class', 'Targets', 'claims', 'assign'
 
 # %% ../../nbs/2_layers/27_layers.anchors.ipynb #1fd849d4
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..boxes import iou_upright, nearest_bev
+from ..config import Range, number, numbers, whole
 
 # %% ../../nbs/2_layers/27_layers.anchors.ipynb #3741e1bf
 @dataclass(frozen=True)
 class Head:
     "Anchor head, shared by teacher and student: one row a class, in the order of the data set's classes."
 
-    sizes: tuple[tuple[float, ...], ...] = ((3.9, 1.6, 1.56), (0.8, 0.6, 1.73), (1.76, 0.6, 1.73))  # l w h, m
-    bottoms: tuple[float, ...] = (-1.78, -0.6, -0.6)  # z of the anchors' bottom, lidar frame, m
-    positive: tuple[float, ...] = (0.6, 0.5, 0.5)  # nearest BEV IoU from which an anchor is positive
-    negative: tuple[float, ...] = (0.45, 0.35, 0.35)  # ... below which it is background
-    rotations: tuple[float, ...] = (0.0, 1.57)
-    direction_offset: float = 0.78539
+    sizes: Annotated[tuple[tuple[float, ...], ...], Range(0, 100, True, 1)] = (  # l w h, m
+        (3.9, 1.6, 1.56), (0.8, 0.6, 1.73), (1.76, 0.6, 1.73))
+    bottoms: numbers(-100, 100) = (-1.78, -0.6, -0.6)  # z of the anchors' bottom, lidar frame, m
+    positive: numbers(0, 1) = (0.6, 0.5, 0.5)  # nearest BEV IoU from which an anchor is positive
+    negative: numbers(0, 1) = (0.45, 0.35, 0.35)  # ... below which it is background
+    rotations: numbers(-7, 7) = (0.0, 1.57)
+    direction_offset: number(-7, 7) = 0.78539
     centred: bool = False  # anchors in cell centres; False spreads them edge to edge as SECOND does
-    score: float = 0.1  # detections below are dropped
-    nms: float = 0.01  # BEV IoU above which the weaker of two boxes is dropped
-    pre_nms: int = 4096
-    post_nms: int = 500
+    score: number(0, 1) = 0.1  # detections below are dropped
+    nms: number(0, 1) = 0.01  # BEV IoU above which the weaker of two boxes is dropped
+    pre_nms: whole(1, 10**6) = 4096
+    post_nms: whole(1, 10**5) = 500
 
     def __post_init__(self):
+        for size in self.sizes:
+            if len(size) != 3: raise ValueError(f"head.sizes takes length, width and height of each class, got {size}")
         for name in ("bottoms", "positive", "negative"):
             rows, classes = len(getattr(self, name)), len(self.sizes)
             if rows != classes:

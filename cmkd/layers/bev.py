@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..config import wholes
+
 # %% ../../nbs/2_layers/23_layers.bev.ipynb #27e38748
 def height_to_channels(volume: Tensor) -> Tensor: # (B, C, Z, Y, X) -> (B, C*Z, Y, X)
     "Stack the height dimension into channels (CMKD section 3.2)."
@@ -21,11 +23,11 @@ def height_to_channels(volume: Tensor) -> Tensor: # (B, C, Z, Y, X) -> (B, C*Z, 
 class Bev:
     "The 2D BEV backbone, the same in teacher and student so that the weights can move over (section 4.2)."
 
-    layers: tuple[int, ...] = (5, 5)  # 3x3 convolutions of each block after its first
-    strides: tuple[int, ...] = (1, 2)
-    filters: tuple[int, ...] = (128, 256)
-    up_strides: tuple[int, ...] = (1, 2)
-    up_filters: tuple[int, ...] = (256, 256)
+    layers: wholes(0, 100) = (5, 5)  # 3x3 convolutions of each block after its first
+    strides: wholes(1, 16) = (1, 2)
+    filters: wholes(1, 4096) = (128, 256)
+    up_strides: wholes(1, 16) = (1, 2)
+    up_filters: wholes(1, 4096) = (256, 256)
 
 # %% ../../nbs/2_layers/23_layers.bev.ipynb #78331da0
 def conv_norm(cin: int, cout: int, stride: int = 1, zero_pad: bool = False) -> list[nn.Module]:

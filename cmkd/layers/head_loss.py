@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..boxes import encode, iou_3d, nearest_bev
-from ..config import choice
+from ..config import choice, number
 from ..core import Found
 from .anchors import Head, assign
 from .head import HeadMaps, decode_boxes, decode_with_direction
@@ -23,11 +23,11 @@ from .losses import direction_loss, direction_targets, quality_focal_loss, sine_
 class Losses:
     "Weights of a detection loss."
 
-    cls: float = 1.0
-    box: float = 2.0
-    direction: float = 0.2
-    beta: float = 1 / 9  # where smooth L1 turns from square to line
-    gamma: float = 2.0  # exponent of quality focal loss
+    cls: number(0, 1e4) = 1.0
+    box: number(0, 1e4) = 2.0
+    direction: number(0, 1e4) = 0.2
+    beta: number(0, 100, above=True) = 1 / 9  # where smooth L1 turns from square to line
+    gamma: number(0, 20) = 2.0  # exponent of quality focal loss
     targets: str = "assigned"  # class of a positive: IoU of its decoded box ('assigned'), the 'label's, 'all' IoUs
     normalise: str = "positives"  # over a frame's positives, then mean over frames; 'sum' adds up the class terms
 

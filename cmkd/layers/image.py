@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
-from ..config import choice
+from ..config import choice, number, whole, wholes
+from ..reading import brief
 
 # %% ../../nbs/2_layers/24_layers.image.ipynb #e1e52d3d
 def import_timm():
@@ -39,17 +40,17 @@ class Student:
 
     backbone: str = "resnet101"  # a timm name
     backbone_args: str = "{}"  # JSON keywords for timm (channels, layers, ...)
-    feature_level: int = 1  # 1 is layer1 at 1/4, 3 is layer3 at 1/8
-    output_stride: int = 8  # dilated from here on, as DeepLabV3
+    feature_level: whole(1, 4) = 1  # 1 is layer1 at 1/4, 3 is layer3 at 1/8
+    output_stride: whole(1, 32) = 8  # dilated from here on, as DeepLabV3
     initial: str = "deeplabv3_resnet101_coco-586e9e4e.pth"  # a file in data/weights to start from; '' is random
-    reduced: int = 64  # C', channels after the reduction
-    aspp: int = 256  # channels of the depth head
-    rates: tuple[int, ...] = (12, 24, 36)  # dilations of its pyramid
-    dropout: float = 0.5
-    collapse: int = 64  # BEV channels after the height collapse
+    reduced: whole(1, 4096) = 64  # C', channels after the reduction
+    aspp: whole(1, 4096) = 256  # channels of the depth head
+    rates: wholes(1, 1000) = (12, 24, 36)  # dilations of its pyramid
+    dropout: number(0, .99) = 0.5
+    collapse: whole(1, 4096) = 64  # BEV channels after the height collapse
     align: bool = True  # a convolution brings BEV to the teacher's shape (supplement Eq. 2)
     adapt: bool = True  # the DA module
-    blocks: int = 5  # self-calibrated blocks in it
+    blocks: whole(0, 100) = 5  # self-calibrated blocks in it
     block: str = "figure"  # 'figure' is Fig. 2 of the supplement, 'released' adds a 1x1 and a skip
     align_corners: bool = True  # texel convention of the lift; the released code mixes two
     lift: str = "fused"  # 'fused' with the collapse, or 'plain': frustum and volume, as released
@@ -57,6 +58,11 @@ class Student:
     def __post_init__(self):
         choice("student.block", self.block, ("figure", "released"))
         choice("student.lift", self.lift, ("fused", "plain"))
+        try: keywords = json.loads(self.backbone_args)
+        except (ValueError, RecursionError): keywords = None
+        if not isinstance(keywords, dict):
+            raise ValueError(f"student.backbone_args is {self.backbone_args[:80]!r}; write a JSON object, e.g. "
+                             '{"layers": [1, 1, 1, 1]}')
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -69,8 +75,11 @@ class ImageBackbone(nn.Module):
         args = dict(features_only=True, output_stride=cfg.output_stride, out_indices=levels, pretrained=False)
         try:
             self.net = import_timm().create_model(cfg.backbone, **args, **json.loads(cfg.backbone_args))
-        except RuntimeError as e:
-            raise ValueError(f"student.backbone={cfg.backbone!r}: {e}") from e
+        except (RuntimeError, AssertionError, TypeError, ValueError, KeyError, IndexError, AttributeError) as e:
+            raise ValueError(
+                f"student.backbone={cfg.backbone!r} does not go with level {cfg.feature_level}, output stride "
+                f"{cfg.output_stride} and {cfg.backbone_args}: {brief(e)}; choose a timm network whose last stages can "
+                "be dilated, such as a ResNet, EfficientNet, ConvNeXt, MobileNet or RegNet") from None
         self.channels = self.net.feature_info.channels()
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..boxes import wrap
-from ..config import choice
+from ..config import choice, number
 from ..geometry import DepthBins
 
 # %% ../../nbs/2_layers/20_layers.losses.ipynb #f58282e6
@@ -127,11 +127,11 @@ def foreground_mask(
 class Depth:
     "The depth loss (Eq. 7, from CaDDN)."
 
-    weight: float = 3.0
-    foreground: float = 13.0  # weight of pixels inside a 2D box of an object
-    background: float = 1.0
-    alpha: float = 0.25
-    gamma: float = 2.0
+    weight: number(0, 1e4) = 3.0
+    foreground: number(0, 1e4) = 13.0  # weight of pixels inside a 2D box of an object
+    background: number(0, 1e4) = 1.0
+    alpha: number(0, 1) = 0.25
+    gamma: number(0, 20) = 2.0
     mask_invalid: bool = True  # pixels without a LiDAR return teach nothing
     pool: str = "min"  # a cell's depth is its nearest return ('min') or their 'mean'
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REMADE', 'judge', 'judged_on', 'manifests', 'learned', 'same_data', 'said', 'places', 'stands', 'same_parents',
-           'at_hand', 'initial_of', 'fit_or_load', 'begun_from', 'adopted', 'made', 'cores', 'fit_all', 'side_by_side',
-           'Trained', 'trained']
+           'at_hand', 'initial_of', 'ready', 'fit_or_load', 'begun_from', 'adopted', 'made', 'cores', 'fit_all',
+           'side_by_side', 'Trained', 'trained']
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #2eee41b2
 import os
@@ -31,6 +31,7 @@ from .spent import add_sessions, measured
 from ..machine import pool
 from ..methods import role_of
 from ..reading import read_sealed, sha256, write_sealed
+from ..train.loop import CHECKPOINT, FORMER
 from ..train.roles import Role, Work, fit, load_network
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #fde4d74e
@@ -134,6 +135,13 @@ def initial_of(cfg: Config, role: Role) -> Path | None:
     return path
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #be99c165
+def ready(cfg: Config, role: str) -> None:
+    "Raise if a run of this role, or of those above it, could not even begin: a network that cannot be built, a file."
+    made = role_of(cfg, role)
+    initial_of(cfg, made)
+    made.build(cfg)
+    for parent in parents(cfg, role): ready(cfg, parent)
+
 def fit_or_load(
     cfg: Config,
     role: str,             # a role of its method, e.g. 'teacher', 'depth' or 'student'
@@ -151,6 +159,7 @@ def fit_or_load(
         with locked(store/name):
             run = at_hand(store, name, here, weights)                    # somebody else may have made it meanwhile
             if run is None:
+                ready(cfg, role)
                 above = {r: fit_or_load(cfg, r, data, store, progress, weights=True) for r in parents(cfg, role)}
                 folder = places(store, name)[(store/name/"record.json").exists()]
                 made(cfg, role, sets, here, above, folder, progress)
@@ -162,7 +171,7 @@ def fit_or_load(
 def begun_from(folder: Path, sources: dict) -> None:
     "A run that was cut off goes on with the data and parents that it began with; they lie beside its checkpoint."
     note, again = folder/"begun_from.json", "remove the folder to start again"
-    if (folder/"checkpoint.pt").exists() and note.exists():
+    if note.exists() and any((folder/name).exists() for name in (CHECKPOINT, FORMER)):
         kept = read_sealed(note, again)
         if {k: kept.get(k) for k in sources} != sources:
             raise ValueError(f"{folder}: begun from other data or other parents; {again}")
@@ -194,7 +203,7 @@ def made(cfg: Config, name: str, sets: Sets, here: dict, above: dict[str, Run], 
     with measured(cost, "evaluate"):
         if role.detect: ap = judge(cfg, role, folder/"weights.safetensors", sets.val, progress)
     write_sealed(folder/"record.json", described(cfg, name, Made(here, above, initial, ap, cost, started), folder))
-    for rest in ("checkpoint.pt", "begun_from.json"): (folder/rest).unlink(missing_ok=True)
+    for rest in (CHECKPOINT, FORMER, "begun_from.json"): (folder/rest).unlink(missing_ok=True)
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #d0f2f80c
 def cores() -> int:
@@ -214,6 +223,7 @@ def fit_all(
     "`fit_or_load` of every job, what is missing side by side."
     workers, place = workers or cores(), Path(store or root()/"results"/"runs")
     children = [job for job in jobs if not stands(place, run_name(*job), False)]
+    for job in children: ready(*job)                                     # before the first of them trains
     above = [(cfg, r) for cfg, role in children for r in parents(cfg, role)]
     above = [job for job in above if not stands(place, run_name(*job), True)]
     for wave, weights in ((above, True), (children, False)):

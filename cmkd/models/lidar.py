@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import choice
+from ..config import choice, whole, wholes
 from ..core import Batch, Found
 from ..geometry import Space, bev_grid, lidar_grid
 from ..layers.anchors import Head, make_anchors
@@ -26,9 +26,9 @@ from ..taps import Taps
 class Teacher:
     "SECOND on sparse convolutions."
     encoder: str = "plain"                        # 'plain' or 'residual' sparse backbone
-    channels: tuple[int, ...] = (16, 32, 64, 64)  # one stage each; all but the first halve the resolution
-    out_channels: int = 64                        # after the last, height-only convolution; x 2 heights = BEV channels
-    seed: int = 0                                 # its own seed: the students of every seed learn from one teacher
+    channels: wholes(1, 4096) = (16, 32, 64, 64)  # one stage each; all but the first halve the resolution
+    out_channels: whole(1, 4096) = 64             # after the last, height-only convolution; x 2 heights = BEV channels
+    seed: whole(0, 2**62) = 0                     # its own seed: the students of every seed learn from one teacher
     losses: Losses = Losses()
 
     def __post_init__(self): choice("teacher.encoder", self.encoder, ("plain", "residual"))

@@ -134,7 +134,7 @@ def fit(
     role: Role,
     cfg: Config,
     work: Work,
-    folder: Path,              # checkpoint.pt, metrics.csv and weights.safetensors are written here
+    folder: Path,              # checkpoint.safetensors, metrics.csv and weights.safetensors are written here
     every: float=60.,          # seconds between checkpoints
     progress: bool=True,
 ) -> Spent:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..config import choice
+from ..config import choice, number, whole
 from ..core import Batch
 from ..machine import PRECISIONS
 
@@ -23,15 +23,15 @@ from ..machine import PRECISIONS
 class Stage:
     "One stretch of training: so many steps, or else so many epochs."
 
-    epochs: int = 0
-    steps: int = 0
-    lr: float = 1e-3  # peak of the one-cycle schedule
-    batch: int = 4
-    weight_decay: float = 0.01
-    clip: float = 10.0  # gradient norm
-    warm: float = 0.4  # fraction of the cycle that climbs
-    div: float = 10.0  # start at lr / div
-    final_div: float = 1000.0  # end at lr / div / final_div
+    epochs: whole(0, 10**5) = 0
+    steps: whole(0, 10**8) = 0
+    lr: number(0, 10, above=True) = 1e-3  # peak of the one-cycle schedule
+    batch: whole(1, 4096) = 4
+    weight_decay: number(0, 10) = 0.01
+    clip: number(0, 1e6, above=True) = 10.0  # gradient norm
+    warm: number(0, 1) = 0.4  # fraction of the cycle that climbs
+    div: number(1, 1e9) = 10.0  # start at lr / div
+    final_div: number(1, 1e12) = 1000.0  # end at lr / div / final_div
     late: bool = True  # one step late: the first rate is used twice, as in the released student's loop
     precision: str = "no"  # 'no' or 'bf16' for the networks; losses are fp32
 
@@ -131,7 +131,8 @@ def step(
     watch("backward")
     norm = accelerator.clip_grad_norm_(learner.parameters(), stage.clip)
     if not torch.isfinite(loss + norm):
-        told = f"the loss is {loss.item()}, its gradient {float(norm)}"
+        bad = ", ".join(f"{k} is {v.item()}" for k, v in losses.items() if not torch.isfinite(v))
+        told = bad or f"the losses are finite, their gradient is {float(norm)}"
         raise FloatingPointError(f"step {at[0]}: {told}; lower the stage's lr, or set its precision to 'no'")
     lr, beta1 = one_cycle(*at, stage)
     for group in adam.param_groups: group.update(lr=lr, betas=(beta1, .999))
