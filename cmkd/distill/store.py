@@ -8,13 +8,14 @@ __all__ = ['TABLES', 'packed', 'unpacked', 'TapStore']
 # %% ../../nbs/5_distill/51_distill.store.ipynb #fe7739fb
 import hashlib
 import sqlite3
-from contextlib import closing
-from pathlib import Path
+from itertools import product
 
 import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
+
+from ..shelf import Shelf
 
 # %% ../../nbs/5_distill/51_distill.store.ipynb #fccf64ce
 def packed(named: dict[str, Tensor]) -> bytes:
@@ -51,39 +52,26 @@ class TapStore:
     "Bytes of teachers' taps in one file of at most `limit` bytes, verified when read."
 
     def __init__(self, path, limit: float = 2e9):
-        self.path, self.limit, self.full = Path(path), limit, set()
+        self.shelf, self.limit, self.full = Shelf(path, TABLES), limit, set()
         self.asked, self.found = 0, 0  # frames
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(self.connect()) as db:
-            for table in TABLES: db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
-
-    def connect(self) -> sqlite3.Connection:
-        try:
-            db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-            for line in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL"): db.execute(line)
-        except sqlite3.DatabaseError as e:
-            raise RuntimeError(f"{self.path} cannot be read ({e}); delete it, what it holds is computed again") from e
-        return db
 
     def get(self, teacher: bytes, frames: list[bytes], taps: tuple[str, ...]) -> dict[tuple[bytes, str], bytes]:
         "{(frame, tap): bytes} of what is there and sound."
-        ask, out = "SELECT sha256, data FROM taps WHERE teacher=? AND frame=? AND tap=?", {}
-        with closing(self.connect()) as db:
-            for key in ((frame, tap) for frame in frames for tap in taps):
-                for sha, data in db.execute(ask, (teacher, *key)):
-                    if hashlib.sha256(data).digest() == sha: out[key] = data
-        return out
+        ask, keys = "SELECT sha256, data FROM taps WHERE teacher=? AND frame=? AND tap=?", product(frames, taps)
+        rows = lambda db: [(key, *row) for key in keys for row in db.execute(ask, (teacher, *key))]
+        return {key: data for key, sha, data in self.shelf.use(rows, []) if hashlib.sha256(data).digest() == sha}
 
     def put(self, teacher: bytes, rows: dict[tuple[bytes, str], bytes]) -> None:
         "Keep these bytes, as far as there is room."
         if not rows or teacher in self.full: return
-        with closing(self.connect()) as db:
+        def keep(db: sqlite3.Connection) -> None:
             db.execute("BEGIN IMMEDIATE")
             db.execute("INSERT OR REPLACE INTO teachers SELECT ?, COALESCE(MAX(used), 0) + 1 FROM teachers", (teacher,))
             if self.make_room(db, teacher, sum(map(len, rows.values()))):
                 whole = [(teacher, *key, hashlib.sha256(data).digest(), data) for key, data in rows.items()]
                 db.executemany("INSERT OR REPLACE INTO taps VALUES (?, ?, ?, ?, ?)", whole)
             db.execute("COMMIT")
+        self.shelf.use(keep, None)
 
     def make_room(self, db: sqlite3.Connection, teacher: bytes, wanted: int) -> bool:
         "Let other teachers' taps go until `wanted` bytes fit; False, from now on, where they never will."
