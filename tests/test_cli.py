@@ -256,7 +256,8 @@ def test_evaluate_writes_every_number(tmp_path, capsys):
     code, out, err = run(capsys, *asked, "--json", tmp_path/"out.json")
     rows = json.loads((tmp_path/"out.json").read_text())
     assert code == 0 and "moderate" in out
-    assert set(rows[0]) == {"class", "metric", "recall", "strict", "iou", "difficulty", "value"}
+    named = {"class", "metric", "recall", "strict", "iou", "difficulty", "value", "objects", "why"}
+    assert set(rows[0]) == named
     headline = dict(metric="3D", recall="R40", difficulty="moderate")
     car = [r["value"] for r in rows if r["class"] == "Car" and headline.items() <= r.items()]
     assert len(car) == 2 and car[0] == car[1] > 0

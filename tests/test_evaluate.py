@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import tarfile
 import time
 from dataclasses import fields, replace
@@ -16,9 +17,9 @@ from cmkd.data.kitti import Objects, read_detections, read_label
 from cmkd.evaluate.curves import Contest, average_precision, curve_of, precision_recall, score_thresholds
 from cmkd.evaluate.errors import by_distance, confusion, confusion_table, distance_table
 from cmkd.evaluate.folders import evaluate_folders, read_folders
-from cmkd.evaluate.kitti import LOOSE, STRICT, evaluate, interval, table
+from cmkd.evaluate.kitti import LOOSE, STRICT, evaluate, interval, reasons, table
 from cmkd.evaluate.overlaps import overlaps
-from cmkd.evaluate.streets import bench_detections, bench_labels
+from cmkd.evaluate.streets import bench_detections, bench_labels, joined, placed
 
 DIFFICULTIES = ("easy", "moderate", "hard")
 
@@ -566,7 +567,7 @@ def test_interval_by_hand():
 def test_intervals_of_all_numbers_are_those_of_one(frames):
     labels, detections = frames
     results = evaluate(labels, detections, difficulties=("moderate",), draws=20)
-    assert results.columns.tolist()[-3:] == ["value", "low", "high"]
+    assert results.columns.tolist()[-5:] == ["value", "low", "high", "objects", "why"]
     for metric in ("AOS", "BEV"):
         row = results[
             (results["class"] == "Pedestrian")
@@ -944,3 +945,63 @@ def test_a_bench_row_says_what_was_measured():
     )
     with pytest.raises(ValueError, match="repeats is 0"):
         measure(lambda: None, 0)
+
+
+def perfect(n):
+    "n cars in plain view, ten metres apart, and the same as detections."
+    cars = joined(*(placed(x=10 * i) for i in range(n)))
+    return cars, replace(cars, scores=np.linspace(0.9, 0.1, n))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 40, 41, 60])
+def test_few_objects_are_said_to_be_few(n):
+    "The most that is told is what a perfect detector gets."
+    cars, found = perfect(n)
+    rows = evaluate([cars], [found], ("Car",), {True: STRICT}, difficulties=("easy",))
+    for row in rows.itertuples():
+        assert row.objects == n
+        most = re.search(r"reach ([0-9.]+) at most", row.why)
+        assert f"{row.value:.2f}" == (most[1] if most else "100.00")
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda c: replace(c, boxes2d=np.zeros((len(c), 4))), "none of the 3 Car has a 2D box"),
+        (lambda c: replace(c, boxes2d=c.boxes2d * [1, 0, 1, 0] + [0, 0, 0, 30]), "3 at most 40 px high"),
+        (lambda c: replace(c, occlusion=np.full(3, 2)), "none of the 3 Car is easy: 3 too much occluded"),
+        (lambda c: replace(c, truncation=np.array([0.2, 0.3, 0.4])), "3 too much truncated"),
+        (lambda c: replace(c, names=np.array(["Van"] * 3)), "no Car in the labels"),
+    ],
+)
+def test_a_dash_says_why(change, why):
+    cars, found = perfect(3)
+    rows = evaluate([change(cars)], [found], ("Car",), {True: STRICT}, difficulties=("easy",))
+    assert rows.value.isna().all() and rows.why.str.contains(re.escape(why)).all() and not rows.objects.any()
+    assert any(why in line for line in reasons(rows))
+
+
+@pytest.mark.parametrize("whose", ["labels", "detections"])
+def test_boxes_without_3d_are_judged_in_2d(whose):
+    "Only the numbers that need what is lacking have a dash; one damaged row among whole ones is still an error."
+    cars, found = perfect(50)
+    flat = lambda t: replace(t, dimensions=np.full((50, 3), -1.0), locations=np.full((50, 3), -1000.0))
+    given = (flat(cars), found) if whose == "labels" else (cars, flat(found))
+    rows = evaluate([given[0]], [given[1]], ("Car",), {True: STRICT}, difficulties=("easy",))
+    values = rows[rows["recall"] == "R40"].set_index("metric").value
+    assert values["2D"] == 100 and values["AOS"] == 100 and values["BEV"] is None and values["3D"] is None
+    assert f"the {whose} have no 3D boxes" in reasons(rows)[0]
+    with pytest.raises(ValueError, match=f"the {whose} have no 3D boxes"):
+        evaluate([given[0]], [given[1]], distance=(0, 30))
+    sizes = np.array(cars.dimensions, float)
+    sizes[7] = -1
+    with pytest.raises(ValueError, match="row 7: size is -1"):
+        evaluate([replace(cars, dimensions=sizes)], [found])
+
+
+def test_an_angle_that_is_missing_costs_aos_alone():
+    cars, found = perfect(50)
+    blind = replace(cars, alpha=np.full(50, -10.0))
+    rows = evaluate([blind], [found], ("Car",), {True: STRICT}, difficulties=("easy",))
+    values = rows[rows["recall"] == "R40"].set_index("metric").value
+    assert values["AOS"] is None and [values[k] for k in ("2D", "BEV", "3D")] == [100, 100, 100]

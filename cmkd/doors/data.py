@@ -115,11 +115,12 @@ def evaluate(
         bootstrap: an interval of 95 % beside each number, from so many resampled sets of frames
     """
     from cmkd.evaluate.folders import read_folders
-    from cmkd.evaluate.kitti import evaluate, table
+    from cmkd.evaluate.kitti import evaluate, reasons, table
     named = read_text(ids, "name a file with one id a line").split() if ids else None
     truth, boxes = read_folders(labels, detections, named, allow_missing)
     found = evaluate(truth, boxes, height_scale=height_scale, draws=bootstrap)
     print(table(found, strict=True).to_string())
+    for line in reasons(found): print(f"- {line}")
     if distance: print(by_depth(truth, boxes, height_scale))
     if confusion is not None: print(by_kind(truth, boxes, *(confusion or (SCORE,)), height_scale))
     if json:

@@ -24,7 +24,7 @@ def street_of(folder: Path) -> int | None: # a seed
 
 def kitti_folder(path: Path) -> Path:
     "A folder in KITTI's layout, or an error that says how to look at it."
-    folder = Path(path).resolve()
+    folder = Path(path).expanduser().resolve()
     if not (folder/"ImageSets").is_dir():
         raise FileNotFoundError(f"{folder}: not a folder in KITTI's layout, it has no ImageSets/; "
                                 f"look at it with: cmkd doctor {path}")

@@ -13,7 +13,7 @@ from pandas import DataFrame, concat
 
 from ..data.kitti import Objects
 from .curves import Contest
-from .kitti import CLASSES, STRICT, check, evaluate
+from .kitti import CLASSES, STRICT, check, evaluate, lacking
 from .matching import COUNTS, gt_status
 from .overlaps import overlaps
 
@@ -121,6 +121,8 @@ def confusion(
     if unknown := sorted(set(classes) - set(iou)):
         raise ValueError(f"no IoU threshold for {unknown}: leave it out of classes, or add it to iou")
     check(labels, detections)
+    if metric != "2D" and (told := lacking(labels, detections).get(metric)):
+        raise ValueError(f"{told}; count errors by metric '2D'")
     o = overlaps(labels, detections)
     contest = lambda cls: Contest(o, cls, metric, iou[cls][metric], difficulty, height_scale, distance)
     cuts = [_Cut(contest(cls), cls, score, iou[cls][metric]) for cls in classes]
