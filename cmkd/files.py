@@ -6,6 +6,7 @@
 __all__ = ['root', 'scratch', 'atomic', 'write_json', 'sweep', 'locked']
 
 # %% ../nbs/0_ground/01_files.ipynb #844e50e7
+import errno
 import json
 import os
 import re
@@ -40,14 +41,21 @@ def scratch(path):
     try: yield Path(temp)
     finally: Path(temp).unlink(missing_ok=True)
 
+_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}   # the disk's fault, not the writer's
+
 @contextmanager
 def atomic(path):
     "Yield a temporary path beside `path`; on success it is flushed and renamed onto `path`, on error removed."
-    with scratch(path) as temp:
-        yield temp
-        with open(temp, "rb") as f: os.fsync(f.fileno())
-        os.chmod(temp, 0o644)
-        os.replace(temp, path)
+    try:
+        with scratch(path) as temp:
+            yield temp
+            with open(temp, "rb") as f: os.fsync(f.fileno())
+            os.chmod(temp, 0o644)
+            os.replace(temp, path)
+    except OSError as e:
+        if e.errno not in _NO_PLACE: raise
+        told = f"{path}: cannot be written ({e.strerror}); make room there, or let it be written, and try again"
+        raise type(e)(told) from None
 
 # %% ../nbs/0_ground/01_files.ipynb #0702ec29
 def write_json(path, value) -> None:

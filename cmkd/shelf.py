@@ -16,21 +16,25 @@ from pathlib import Path
 class Shelf:
     "Tables in one SQLite file. Whatever goes wrong with it is told once; after that it is as if it were empty."
 
-    def __init__(self, path, tables: tuple[str, ...], wait: float=20.): # wait: seconds for somebody else's lock
+    def __init__(self, path, tables: tuple[str, ...], wait: float=4.): # wait: seconds for somebody else's lock
         self.path, self.tables, self.wait, self.gone = Path(path), tables, wait, False
 
     def connect(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(self.path, timeout=self.wait, isolation_level=None)
+        return sqlite3.connect(self.path, timeout=self.wait, isolation_level=None)
+
+    def prepare(self, db: sqlite3.Connection) -> None:
+        "Several processes may read and write at once; the tables are there."
         for line in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL"): db.execute(line)
         for table in self.tables: db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
-        return db
 
     def use(self, work: Callable[[sqlite3.Connection], object], otherwise):
         "What `work` does with the open file, or `otherwise`."
         if self.gone: return otherwise
         try:
-            with closing(self.connect()) as db: return work(db)
+            with closing(self.connect()) as db:
+                self.prepare(db)
+                return work(db)
         except (sqlite3.Error, OSError) as e:
             self.gone = True
             warnings.warn(f"{self.path}: {e}; going on without it, which is slower and changes no number. Free or "

@@ -1,4 +1,4 @@
-"What every leg is given: frames, losses, seeds, thresholds, checks. Each field has a value of its own, so a mix-up shows."
+"What every leg is given: frames, losses, seeds, thresholds, checks. Each field has its own value: a mix-up shows."
 
 import json
 import subprocess
@@ -11,17 +11,14 @@ import torch
 
 from cmkd.boxes import corners, rectangles
 from cmkd.core import Boxes, Found, Frame, View
-from cmkd.data import augment
-from cmkd.data import sets as sets_room
+from cmkd.data import augment, sets as sets_room
 from cmkd.data.kitti import Calibration, Kitti, write_frame, write_image, write_points, write_split
 from cmkd.data.sets import Data, open_sets
-from cmkd.distill import cmkd as cmkd_room
-from cmkd.distill import roles as roles_room
+from cmkd.distill import cmkd as cmkd_room, roles as roles_room
 from cmkd.distill.depth import boxes_in_views
 from cmkd.geometry import DepthBins, Grid
 from cmkd.layers.lift import voxel_texels
-from cmkd.ledger import record as record_room
-from cmkd.ledger import runs as runs_room
+from cmkd.ledger import record as record_room, runs as runs_room
 from cmkd.ledger.tables import dataset_name, traced
 from cmkd.methods import recipe, role_of
 from cmkd.train.loop import Progress
@@ -146,7 +143,7 @@ def test_what_a_student_is_given(cfg, work, monkeypatch):
     told = [(leg.name, leg.steps, leg.stage) for leg in plan.legs]
     assert told == [("feature", 5, cfg.feature_stage), ("full", 6, cfg.full_stage)]
     assert epoch(feature) == epoch(full) == TRAIN + MORE
-    for (frames, stage, run, data, space, change), _ in fed.calls:
+    for (frames, _stage, run, data, space, change), _ in fed.calls:
         assert list(frames.ids) == TRAIN + MORE and run == "student/0" and (data, space) == (cfg.data, cfg.space)
         assert changed(change) == (augment.student, dict(flip=0.41, mirror=-0.9, photometric=0.19))
     assert [c[0][1] for c in fed.calls] == [cfg.feature_stage, cfg.full_stage]
@@ -188,6 +185,31 @@ def plan_teacher(cfg, job, batch):
     return replace(taps[0], bev=torch.cat([t.bev for t in taps]))
 
 
+def test_what_the_controls_are_given(street, tmp_path, monkeypatch):
+    "A hint weighs its map and learns from labels; copied logits doubt nothing."
+    from cmkd.distill import hint, logits
+
+    spies = dict(hint=Spy(monkeypatch, hint, "detection_loss"), logits=Spy(monkeypatch, logits, "dense_response_loss"))
+    mapped = Spy(monkeypatch, hint, "feature_loss")
+    changes = dict(
+        hint=("distill.weight=1.7", "distill.labels.cls=1.4"), logits=("distill.score=0.17", "distill.losses.cls=1.4")
+    )
+    given = {}
+    for name in ("hint", "logits"):
+        cfg = recipe(name, scale="smoke").override(*(c for c in ODD if not c.startswith("distill.")), *changes[name])
+        parents = {p: tmp_path / f"{name}-{p}.safetensors" for p in ("teacher", "depth")}
+        for p, path in parents.items():
+            save_weights(role_of(cfg, p).build(cfg), path)
+        plan = role_of(cfg, "student").plan(cfg, Work("student/0", open_sets(cfg.data, street), parents, device="cpu"))
+        spies[name].calls.clear()
+        mapped.calls.clear()
+        given[name] = (cfg, *one(plan.legs[-1], plan.learner), spies[name].calls[0])
+    cfg, losses, batch, ((_, _, head, weights, found), _) = given["hint"]
+    assert head == cfg.head and weights == cfg.distill.labels and len(found) == len(batch)
+    cfg, losses, batch, ((_, _, weights, score), more) = given["logits"]
+    assert weights == cfg.distill.losses and score == 0.17 and more == dict(quality=False)
+
+
 def test_soft_boxes_keep_the_heads_own_threshold_of_overlap(cfg, work, monkeypatch):
     found = Spy(monkeypatch, roles_room, "Asked")
     role_of(cfg, "student").plan(cfg, work("student"))
@@ -201,6 +223,13 @@ def test_what_detection_is_given(cfg, monkeypatch):
     monkeypatch.setattr(roles_room, "detect_set", lambda *args, **more: given.update(args=args, more=more))
     roles_room.detect(cfg, "network", "frames", progress=False)
     assert given == dict(args=("network", "frames", cfg.data, cfg.space, cfg.head), more=dict(progress=False))
+
+
+def test_every_leg_sees_pictures_of_the_size_asked_for(cfg, work):
+    small = cfg.override("data.image_size=[48, 160]")
+    for role in ("teacher", "depth"):
+        (leg,) = role_of(small, role).plan(small, work(role)).legs
+        assert next(leg.batches(0, 0)).images.shape[-2:] == (48, 160)
 
 
 def test_what_a_run_is_given(cfg, street, tmp_path, monkeypatch):

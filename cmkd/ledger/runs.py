@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -246,9 +247,11 @@ def side_by_side(jobs: list[tuple[Config, str]], data, store, workers: int, prog
         try:
             for run in done:
                 run.result()
-        except BaseException:
+        except BaseException as e:
             helpers.shutdown(cancel_futures=True)
-            raise
+            if not isinstance(e, BrokenProcessPool): raise
+            raise RuntimeError("a process that made one of the runs was killed, most likely for want of memory; the same "
+                               "command goes on where it was, with fewer side by side: --workers 1") from None
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #993a1a7f
 @dataclass(frozen=True)

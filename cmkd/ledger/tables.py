@@ -22,6 +22,7 @@ from ..config import Config
 from ..draw import COLOURS, TEMPLATE
 from ..files import atomic, root
 from .record import Run
+from ..reading import reading
 from ..train.step import Stage
 
 # %% ../../nbs/6_ledger/64_ledger.tables.ipynb #081df76b
@@ -37,7 +38,12 @@ def paper_rows(table: str, paper: str="cmkd", folder=None) -> DataFrame:
         there = sorted(p.stem for p in path.parent.glob(f"{paper}_*.csv"))
         raise FileNotFoundError(f"{path}: not transcribed; there are {there}")
     kinds = {c: float if c in NUMBERS else str for c in COLUMNS}
-    return pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values={c: [""] for c in NUMBERS})
+    back = "bring it back with git checkout"
+    with reading(path, back, ValueError, TypeError, OverflowError):
+        rows = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values={c: [""] for c in NUMBERS})
+    if tuple(rows.columns) != COLUMNS or rows.empty:
+        raise ValueError(f"{path}: a table of the paper has rows of {', '.join(COLUMNS)}; {back}")
+    return rows
 
 # %% ../../nbs/6_ledger/64_ledger.tables.ipynb #dc8c5c51
 def dataset_name(record: dict) -> str:

@@ -62,13 +62,13 @@ def opened(path):
     with open(path, "rb") as f, torch.serialization.safe_globals([(Number, name) for name in NUMPY]):
         try: return torch.load(f, map_location="cpu", weights_only=True)
         except Exception as e:                        # a damaged file can fail in any way
-            raise ValueError(f"{path}: not loaded: {refusal(str(e))}") from None
+            raise ValueError(f"{path}: not loaded: {refusal(str(e))}; copy or download it again") from None
 
 # %% ../../nbs/3_models/33_models.checkpoints.ipynb #f8c3bbcc
 def tensors(path, state: dict) -> dict[str, Tensor]:
     "`state`, if it holds nothing but named tensors."
     bad = [str(k) for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
-    if bad: raise ValueError(f"{path}: its weights hold what is no named tensor: {few(bad)}")
+    if bad: raise ValueError(f"{path}: its weights hold what is no named tensor: {few(bad)}; copy or download it again")
     return {k: v.detach() for k, v in state.items()}
 
 def model_state(path) -> dict[str, Tensor]:
@@ -77,7 +77,8 @@ def model_state(path) -> dict[str, Tensor]:
     state = found.get("model_state") if isinstance(found, dict) else None
     if not isinstance(state, dict):
         told = few(map(str, found)) if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{path}: no 'model_state' in it, which OpenPCDet, CMKD and CaDDN write; it holds {told}")
+        raise ValueError(f"{path}: no 'model_state' in it, which OpenPCDet, CMKD and CaDDN write; it holds {told}; "
+                         "name a checkpoint of one of these")
     return tensors(path, state)
 
 # %% ../../nbs/3_models/33_models.checkpoints.ipynb #7cf41091

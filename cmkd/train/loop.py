@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -82,7 +82,7 @@ def save_checkpoint(path: Path, at: Progress, learner: Learner, adam) -> None:
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in named.items()}
     told = json.dumps(dict(progress=vars(at), groups=state["param_groups"]))
     about = dict(format="2", told=told, sha256=checksum(tensors, told))
-    with atomic(path) as temp: save_file(tensors, temp, about)
+    with atomic(path) as temp: temp.write_bytes(save(tensors, about))
 
 # %% ../../nbs/4_train/41_train.loop.ipynb #9355035a
 def former_checkpoint(path: Path) -> Saved:
@@ -193,7 +193,7 @@ def keep_batch(batch: Batch, path: Path) -> None:
         several = value if isinstance(value, list) else [value]
         named |= {f"{name}/{i}": t for i, t in enumerate(several) if isinstance(t, Tensor)}
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in named.items()}
-    with atomic(path) as temp: save_file(tensors, temp, dict(ids=json.dumps(batch.ids)))
+    with atomic(path) as temp: temp.write_bytes(save(tensors, dict(ids=json.dumps(batch.ids))))
 
 def finite(learner: nn.Module, at: int) -> None:
     "Raise if the last step of a leg left a number that is none: no later loss would show it."

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from ..config import Config, digest, picked
@@ -108,7 +108,8 @@ def refuse_missing(role: Role, cfg: Config, work: Work) -> None:
 # %% ../../nbs/4_train/43_train.roles.ipynb #b2be0942
 def save_weights(model: nn.Module, path: Path) -> None:
     "The weights of a network, atomically."
-    with atomic(path) as temp: save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temp)
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+    with atomic(path) as temp: temp.write_bytes(save(tensors))
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     "Named tensors of a safetensors file."
