@@ -250,8 +250,8 @@ def side_by_side(jobs: list[tuple[Config, str]], data, store, workers: int, prog
         except BaseException as e:
             helpers.shutdown(cancel_futures=True)
             if not isinstance(e, BrokenProcessPool): raise
-            raise RuntimeError("a process that made one of the runs was killed, most likely for want of memory; the same "
-                               "command goes on where it was, with fewer side by side: --workers 1") from None
+            raise RuntimeError("a process that made one of the runs was killed, most likely for want of memory; the "
+                               "same command goes on where it was, with fewer side by side: --workers 1") from None
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #993a1a7f
 @dataclass(frozen=True)
