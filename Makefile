@@ -7,7 +7,7 @@ STAMP := .venv/.made-from-the-lock
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: run test env readme clean
+.PHONY: run test env readme audit secrets tools clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -28,6 +28,20 @@ $(STAMP): pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c requirements.lock -e '.[dev]'
 	touch $@
+
+# Known holes in what we depend on, as PyPI knows them
+audit: TOOL = pip-audit
+audit: tools
+	.venv/tools/bin/pip-audit -r requirements.lock --no-deps --disable-pip
+
+# Keys and passwords in the tree; a hash looks like one, so mere entropy is not asked for
+secrets: TOOL = detect-secrets
+secrets: tools
+	git ls-files -z | xargs -0 .venv/tools/bin/detect-secrets-hook --disable-plugin HexHighEntropyString --disable-plugin Base64HighEntropyString
+
+tools: $(STAMP)
+	test -x .venv/tools/bin/python || $(PYTHON) -m venv .venv/tools
+	.venv/tools/bin/pip install -q $(TOOL)
 
 # What was made: the environment, rendered frames, smoke runs, executed notebooks. Published results stay.
 clean:

@@ -88,8 +88,8 @@ def sweep(folder) -> list[Path]: # what was removed
 
 # %% ../nbs/0_ground/01_files.ipynb #f563ee1a
 @contextmanager
-def locked(folder):
-    "Hold the folder's lock; a second caller waits and says for what, then what a kill left here is swept."
+def locked(folder, *inside: str): # inside: folders in it where work is done, too
+    "Hold the folder's lock; a second caller waits and says for what. What a kill left is swept, before and after."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     from filelock import FileLock, Timeout  # a tenth of a second, for those who never lock
@@ -98,7 +98,9 @@ def locked(folder):
     except Timeout:
         print(f"{folder.name}: another process is at work here; waiting for it", file=sys.stderr, flush=True)
         lock.acquire()
+    tidy = lambda: [sweep(folder/name) for name in ("", *inside)]
     try:
-        sweep(folder)
+        tidy()
         yield
+        tidy()                       # helpers of who was killed may have lived a moment longer
     finally: lock.release()

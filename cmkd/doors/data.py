@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
+from .experiment import From0, From1
 from ..files import write_json
 from ..reading import read_text
 
@@ -47,11 +49,11 @@ def counts(words: tuple[str, ...]) -> dict[str, int]:
 def world(
     out: Path,
     /, *,
-    frames: int = 100,
+    frames: From1 = 100,
     splits: Annotated[tuple[str, ...], Parameter(consume_multiple=True, metavar="NAME=COUNT", show_default=False)] = (),
     seed: int = 0,
     max_distance: float = 27.,
-    workers: int = 2,
+    workers: From1 = 2,
 ) -> None:
     """Render the embedded world as a KITTI folder.
 
@@ -92,12 +94,12 @@ def evaluate(
     labels: Path,
     detections: Path,
     ids: Path | None = None,
-    height_scale: float = 1.,
+    height_scale: Annotated[float, Parameter(validator=Number(gt=0))] = 1.,
     json: Path | None = None,
     allow_missing: bool = False,
     distance: bool = False,
     confusion: Annotated[tuple[float, ...] | None, Parameter(consume_multiple=(0, 1), metavar="[SCORE]")] = None,
-    bootstrap: int = 0,
+    bootstrap: From0 = 0,
 ) -> None:
     """KITTI AP of detection files.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from .experiment import Experiment
+from .experiment import Experiment, From0, From1
 from ..files import atomic, root
 from ..reading import read_text
 
@@ -67,9 +67,9 @@ class Rows:
         controls: also run the control rows, which the paper does not have
         workers: runs side by side, a process each; the numbers are the same (0: one a core)
     """
-    seeds: int = 1
+    seeds: From1 = 1
     controls: bool = False
-    workers: int = 0
+    workers: From0 = 0
 
 def table(
     name: str,
@@ -158,7 +158,7 @@ def kept(name: str, found: "DataFrame", command: str) -> str: # what to print
 def bench(
     name: Bench,
     /, *,
-    repeats: int = 3,
+    repeats: From1 = 3,
     labels: Path | None = None,
     ids: Path | None = None,
     before: Annotated[str, Parameter(metavar="COMMIT", show_default=False)] = "",

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..data.dataset import FrameSet
 from ..data.facts import facts
 from ..data.kitti import FILES, Kitti, frame_path, plain, write_frame, write_split
-from ..files import locked, root, sweep, write_json
+from ..files import locked, root, write_json
 from ..machine import pool
 from ..reading import read_json
 from .rays import WorldConfig, rig
@@ -100,9 +100,7 @@ def write(
     "Write a KITTI folder: training/{image_2,velodyne,calib,label_2} and ImageSets; goes on where it was stopped."
     folder, splits = Path(folder).expanduser(), ranges(splits)
     claim(folder, config)
-    with locked(folder):
-        for kind in FILES: sweep(folder/"training"/kind)
-        sweep(folder/"ImageSets")
+    with locked(folder, "ImageSets", *(f"training/{kind}" for kind in FILES)):
         numbers = sorted(set().union(*splits.values()))
         todo = missing(folder, numbers)
         done, title = len(numbers) - len(todo), f"world in {folder.name}"

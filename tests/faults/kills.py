@@ -38,9 +38,10 @@ if __name__ == "__main__":
     fit_or_load(recipe(scale="smoke").override(*{SMALL}), "student", "data/world-smoke", "made/runs", progress=False)
 """,
     "a table, two workers": """
-import sys
+import os, sys
 from cmkd.cli import main
-if __name__ == "__main__": sys.exit(main(["table", "cmkd_t04", "--scale", "smoke", "--workers", "2"]))
+workers = os.environ.get("CMKD_WORKERS", "2")
+if __name__ == "__main__": sys.exit(main(["table", "cmkd_t04", "--scale", "smoke", "--workers", workers]))
 """,
 }
 MADE = {"a street, two processes": ("made/street",), "a student, every leg": ("made/runs",),
@@ -50,11 +51,11 @@ VOLATILE = {"cost", "started", "finished", "seal", "git", "hardware"}  # of a re
 LITTER = re.compile(r"\.tmp|checkpoint|begun_from|stopped_at|failed|running")
 
 
-def begun(tree: Path, name: str) -> subprocess.Popen:
+def begun(tree: Path, name: str, **env: str) -> subprocess.Popen:
     "The work, started in a process of its own."
     script = tree / "work.py"
     script.write_text(WORK[name])
-    more = dict(PYTHONPATH=str(tree), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CMKD_WORK=str(tree))
+    more = dict(PYTHONPATH=str(tree), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CMKD_WORK=str(tree)) | env
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, script], cwd=tree, env=os.environ | more, **quiet)
 
@@ -132,7 +133,7 @@ def under_fire(name: str, kills: int, temp: Path, dice: random.Random) -> list[d
         tree, here = fresh(temp / str(round_), name), []
         while True:                                      # three kills a round, then it may end
             work = begun(tree, name)
-            after = dice.uniform(0.3, 1.05) * length if len(here) < 3 and hit + len(here) < kills else 600
+            after = dice.uniform(0.25, 0.95) * length if len(here) < 3 and hit + len(here) < kills else 600
             what = shot(work, after, dice.random() < 0.5, dice)
             if what: here.append((what, after))
             code = work.wait() if what == "itself" else ended(work)
