@@ -14,7 +14,7 @@ import pytest
 from cmkd.cli import home, main
 from cmkd.doors.networks import its_own
 from cmkd.files import locked
-from cmkd.ledger.notebooks import run_notebook
+from cmkd.ledger.notebooks import folder_key, run_notebook
 from cmkd.reading import write_sealed
 from cmkd.world.rays import WorldConfig
 from cmkd.world.write import write
@@ -118,6 +118,19 @@ def test_two_pictures_of_one_name_share_no_output(tmp_path):
     assert its_own(note, first) == first
     with pytest.raises(ValueError, match="000008 there was made from another image /a/000008.png; give another --out"):
         its_own(note, first | dict(image="/b/000008.png"))
+
+
+def test_a_change_behind_a_link_is_seen(tmp_path):
+    "KITTI is usually set up with training as a link."
+    (tmp_path / "real" / "label_2").mkdir(parents=True)
+    (tmp_path / "real" / "label_2" / "000000.txt").write_text("Car")
+    (tmp_path / "kitti").mkdir()
+    (tmp_path / "kitti" / "training").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "round").symlink_to(tmp_path / "kitti")
+    was = folder_key(tmp_path / "kitti")
+    assert folder_key(tmp_path / "kitti") == was
+    (tmp_path / "real" / "label_2" / "000000.txt").write_text("Van")
+    assert folder_key(tmp_path / "kitti") != was
 
 
 def test_every_change_is_still_a_line_of_its_module():

@@ -1,5 +1,6 @@
 "Methods are tables of roles: what a run depends on, what a distiller owns, whose labels count, what a newcomer needs."
 
+import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cmkd.core import Boxes, Frame, View
 from cmkd.data.kitti import write_frame, write_split
 from cmkd.data.sets import open_sets
 from cmkd.distill.roles import MonoConfig, camera, lidar
+from cmkd.ledger import runs
 from cmkd.machine import seed_everything
 from cmkd.methods import METHODS, config_from, hash_of, recipe, role_of
 from cmkd.train import loop
@@ -283,6 +285,61 @@ def test_a_run_is_named_by_what_its_training_reads(street, parents, tmp_path, me
         of_parents |= set(picked(cfg, role_of(cfg, p).depends(cfg)))
     unnamed, unread = watched.read - told - of_parents - ALSO - UNSEEN.get(role, set()), told - watched.read - BESIDE
     assert (sorted(unnamed), sorted(unread)) == ([], []), "read, and in no hash; in the hash, and never read"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_number_has_a_range(name):
+    "Beside its field, as part of its type; and no start of a recipe lies outside."
+    for field, kind in kinds(METHODS[name].config).items():
+        limits = [l for l in getattr(kind, "__metadata__", ()) if isinstance(l, config.Range)]
+        assert len(limits) == (said_number(kind)), f"{name}: {field} has no range; write e.g. number(0, 1)"
+    for told in METHODS[name].recipes:
+        for scale in config.SCALES:
+            recipe(name, told, scale)
+
+
+def said_number(kind) -> bool:
+    return any(word in config.said(kind) for word in ("int", "float"))
+
+
+NONSENSE = (
+    "full_stage.steps=-1",
+    "data.train_frames=-3",
+    "space.max_voxels=0",
+    "full_stage.clip=0",
+    "full_stage.lr=1e400",
+    "data.flip=1.5",
+    "student.rates=[]",
+    "head.sizes=[[1, 2], [1, 2, 3], [1, 2, 3]]",
+    "space.low=[99, -12.8, -3]",
+    "space.lidar_voxel=[1e-5, 1e-5, 1e-5]",
+    "data.image_size=[99]",
+    "student.backbone_args=[1]",
+    "full_stage.batch=100000",
+)
+
+
+@pytest.mark.parametrize("change", NONSENSE)
+def test_nonsense_is_refused_by_name(change):
+    field = change.split("=")[0]
+    with pytest.raises(ValueError, match=re.escape(field)):
+        recipe(scale="mini").override(change)
+
+
+def test_a_config_made_by_hand_is_checked_too():
+    cfg = recipe(scale="mini")
+    with pytest.raises(ValueError, match="data.train_frames is -3; it must be from 0"):
+        replace(cfg, data=replace(cfg.data, train_frames=-3))
+
+
+@pytest.mark.parametrize("net", ["hrnet_w18", "swin_tiny_patch4_window7_224", "no_such_network"])
+def test_a_backbone_that_cannot_be_built_is_told_before_anything_trains(street, tmp_path, monkeypatch, net):
+    cfg = small("cmkd", f"student.backbone={net}", "student.backbone_args={}")
+    monkeypatch.setattr(runs, "made", lambda *_: pytest.fail("something was trained"))
+    with pytest.raises(ValueError, match=f"student.backbone='{net}' does not go with .*such as a ResNet"):
+        runs.fit_or_load(cfg, "student", street, tmp_path, progress=False)
+    with pytest.raises(ValueError, match=f"student.backbone='{net}'"):
+        runs.fit_all([(cfg, "student")], street, tmp_path, progress=False)
 
 
 def test_labels_are_in_no_hash():
