@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIME', 'parameters_cell', 'assigned', 'read_notebook', 'declared', 'asked', 'digest', 'outcome', 'outcome_of', 'sha',
            'source_key', 'package_key', 'files_below', 'folder_key', 'key_of', 'unchanged', 'settled', 'execute',
-           'echoed', 'run_notebook', 'printed', 'as_markdown']
+           'echoed', 'tidy', 'run_notebook', 'printed', 'as_markdown']
 
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #a5bb4b8e
 import ast
@@ -163,7 +163,6 @@ def settled(text: str) -> str:
 def execute(path: Path, values: dict, out: Path) -> NotebookNode:
     "Run a notebook with papermill, its streams passed on; an error names where it stopped."
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
-    sweep(out.parent)
     live = dict(progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True)
     failed = out.with_name(f"{out.stem}.failed.ipynb")
     with scratch(out) as temp:
@@ -188,6 +187,10 @@ def echoed(nb: NotebookNode, values: dict, path) -> None:
     if got != values: raise RuntimeError(f"{path}: ran with {got}, asked were {values}")
 
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #3c8e3298
+def tidy(out: Path) -> None:
+    "Remove what a killed notebook has left where notebooks write."
+    for folder in (out.parent, *(root()/"results"/name for name in ("tables", "figures"))): sweep(folder)
+
 def run_notebook(
     path,                          # of the notebook
     parameters: dict | None=None,  # name -> value; the others keep their defaults
@@ -201,7 +204,9 @@ def run_notebook(
     out = Path(out or root()/"results"/"executed"/f"{name}.ipynb").resolve()
     key = key_of(path, values, inputs)
     if unchanged(out, key): return out
+    tidy(out)
     nb = execute(path, values, out)
+    tidy(out)                                            # the kernel of one that was killed may have lived longer
     echoed(nb, values, path)
     out.with_suffix(".key.json").unlink(missing_ok=True)
     with atomic(out) as temp: nbformat.write(nb, temp)
