@@ -21,7 +21,9 @@ class Shelf:
 
     def connect(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        return sqlite3.connect(self.path, timeout=self.wait, isolation_level=None)
+        db = sqlite3.connect(self.path, timeout=self.wait, isolation_level=None)
+        db.text_factory = bytes              # damaged text is for whoever reads it to notice
+        return db
 
     def prepare(self, db: sqlite3.Connection) -> None:
         "Several processes may read and write at once; the tables are there."
@@ -29,13 +31,13 @@ class Shelf:
         for table in self.tables: db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
 
     def use(self, work: Callable[[sqlite3.Connection], object], otherwise):
-        "What `work` does with the open file, or `otherwise`."
+        "What `work` does with the open file, or `otherwise`; text comes as bytes."
         if self.gone: return otherwise
         try:
             with closing(self.connect()) as db:
                 self.prepare(db)
                 return work(db)
-        except (sqlite3.Error, OSError) as e:
+        except (sqlite3.Error, OSError, ValueError) as e:
             self.gone = True
             warnings.warn(f"{self.path}: {e}; going on without it, which is slower and changes no number. Free or "
                           "delete the file to have it again", stacklevel=2)

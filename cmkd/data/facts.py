@@ -64,7 +64,7 @@ def stamp(frames: FrameSet, i: int) -> str: # '' where it cannot be remembered
     whose = [VERSION, frames.name, frames.labelled, frames.ids[i]]
     return hashlib.sha256(json.dumps([whose, told]).encode()).hexdigest()
 
-def restored(text: str) -> Facts:
+def restored(text: bytes) -> Facts:
     "Facts from their JSON."
     v = json.loads(text)
     size, names = tuple(map(tuple, v["sizes"])), None if v["names"] is None else tuple(v["names"])
@@ -73,21 +73,27 @@ def restored(text: str) -> Facts:
 
 # %% ../../nbs/1_data/14_data.facts.ipynb #31468012
 class Memory:
-    "Facts under the stamps of their frames."
-    def __init__(self, path): self.shelf = Shelf(path, ("facts (stamp TEXT PRIMARY KEY, told TEXT) WITHOUT ROWID",))
+    "Facts under the stamps of their frames; a row that was altered is not believed."
+    def __init__(self, path):
+        self.shelf = Shelf(path, ("held (stamp TEXT PRIMARY KEY, sha256 BLOB, told BLOB) WITHOUT ROWID",))
+
+    @staticmethod
+    def seal(stamp: str, told: bytes) -> bytes: return hashlib.sha256(stamp.encode() + told).digest()
 
     def get(self, stamps: list[str]) -> dict[str, Facts]:
         "What is known of these."
-        ask = "SELECT told FROM facts WHERE stamp=?"
-        rows = lambda db: {s: found[0] for s in stamps if s and (found := db.execute(ask, (s,)).fetchone())}
-        return {s: restored(text) for s, text in self.shelf.use(rows, {}).items()}
+        ask = "SELECT sha256, told FROM held WHERE stamp=?"
+        rows = lambda db: {s: found for s in stamps if s and (found := db.execute(ask, (s,)).fetchone())}
+        sound = lambda s, sha, told: isinstance(told, bytes) and self.seal(s, told) == sha
+        return {s: restored(row[1]) for s, row in self.shelf.use(rows, {}).items() if sound(s, *row)}
 
     def put(self, known: dict[str, Facts]) -> None:
         "Keep these."
-        rows = [(s, json.dumps(asdict(f))) for s, f in known.items() if s]
+        told = {s: json.dumps(asdict(f)).encode() for s, f in known.items() if s}
+        rows = [(s, self.seal(s, data), data) for s, data in told.items()]
         def keep(db):
             db.execute("BEGIN IMMEDIATE")
-            db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows)
+            db.executemany("INSERT OR REPLACE INTO held VALUES (?, ?, ?)", rows)
             db.execute("COMMIT")
         if rows: self.shelf.use(keep, None)
 

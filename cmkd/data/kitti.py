@@ -396,7 +396,8 @@ def read_detections(folder, id: str) -> Objects:
     path = Path(folder)/f"{id}.txt"
     objects = read_label(path)
     if not len(objects): return replace(objects, scores=np.zeros(0))
-    if objects.scores is None: raise ValueError(f"{path}: 15 columns, a detection has a score as its 16th")
+    if objects.scores is None:
+        raise ValueError(f"{path}: 15 columns, a detection has a score as its 16th; write it, or name another folder")
     return objects
 
 # %% ../../nbs/1_data/11_data.kitti.ipynb #682121b2

@@ -59,7 +59,8 @@ class TapStore:
         "{(frame, tap): bytes} of what is there and sound."
         ask, keys = "SELECT sha256, data FROM taps WHERE teacher=? AND frame=? AND tap=?", product(frames, taps)
         rows = lambda db: [(key, *row) for key in keys for row in db.execute(ask, (teacher, *key))]
-        return {key: data for key, sha, data in self.shelf.use(rows, []) if hashlib.sha256(data).digest() == sha}
+        sound = lambda sha, data: isinstance(data, bytes) and hashlib.sha256(data).digest() == sha
+        return {key: data for key, sha, data in self.shelf.use(rows, []) if sound(sha, data)}
 
     def put(self, teacher: bytes, rows: dict[tuple[bytes, str], bytes]) -> None:
         "Keep these bytes, as far as there is room."

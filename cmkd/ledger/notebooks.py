@@ -51,9 +51,10 @@ def assigned(source: str, path) -> dict[str, object]:
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #b13c3a41
 def read_notebook(path) -> NotebookNode:
     "A notebook, or an error that names the file."
-    broken = (ValueError, KeyError, TypeError, AttributeError, RecursionError, nbformat.ValidationError)
-    with reading(path, "name a notebook; one that is damaged comes back with git checkout", *broken):
-        return nbformat.read(path, as_version=4)
+    with reading(path, "name a notebook; one that is damaged comes back with git checkout", Exception):
+        nb = nbformat.read(path, as_version=4)
+        nbformat.validate(nb)
+        return nb
 
 def declared(path) -> dict[str, object]:
     "{parameter: default} of a notebook; papermill must read the same names."
@@ -219,7 +220,10 @@ def run_notebook(
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #4c582616
 def printed(out: Path) -> str:
     "The table of an executed notebook, as text."
-    return read_sealed(Path(out).with_suffix(".key.json"), "delete it and run the table again")["text"]
+    side, again = Path(out).with_suffix(".key.json"), "delete it and run the table again"
+    told = read_sealed(side, again).get("text")
+    if isinstance(told, str): return told
+    raise ValueError(f"{side}: holds no table; {again}")
 
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #6cf2bdb4
 def as_markdown(path) -> str:
