@@ -63,7 +63,8 @@ def checked(value, kind, name: str):
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(checked(v, kind.__args__[0], name) for v in value)
     if kind is float and type(value) in (int, float):
-        if type(value) is int and abs(value) > 10**300: raise ValueError(f"{name} has {len(str(value))} digits; too many")
+        if type(value) is int and abs(value) > 10**300:
+            raise ValueError(f"{name} has {len(str(value))} digits; write a smaller number")
         if not math.isfinite(value): raise ValueError(f"{name} is {value}; it must be a finite number")
         return float(value)
     if type(value) is origin: return value

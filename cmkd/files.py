@@ -27,9 +27,15 @@ def root() -> Path:
     raise FileNotFoundError("no settings.ini above the working directory: run from inside a clone of cmkd")
 
 # %% ../nbs/0_ground/01_files.ipynb #1a96d42f
+def _started(pid: int) -> str:
+    "When a process began, in Linux's ticks: its number alone may be another's by now. '0' where nobody says."
+    try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError): return "0"
+
 def _mine() -> str:
     "This process on this machine, as it stands in the names of its temporary files."
-    return f"{os.getpid()}-{re.sub('[^A-Za-z0-9]', '_', socket.gethostname())}"
+    host = re.sub("[^A-Za-z0-9]", "_", socket.gethostname())
+    return f"{os.getpid()}-{_started(os.getpid())}-{host}"
 
 @contextmanager
 def scratch(path):
@@ -64,11 +70,12 @@ def write_json(path, value) -> None:
         temp.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 # %% ../nbs/0_ground/01_files.ipynb #5c68f212
-_LITTER = re.compile(r"\..+\.(\d+)-(\w+)\.\w+\.tmp(\.\w+)?")   # what `atomic` calls its temporary files
+_LITTER = re.compile(r"\..+\.(\d+)-(\d+)-(\w+)\.\w+\.tmp(\.\w+)?")   # what `scratch` calls its files
 
-def _lives(pid: int) -> bool:
-    "Is there such a process here? (Windows cannot be asked without ending it.)"
+def _lives(pid: int, started: str) -> bool:
+    "Is there this very process here? (Windows cannot be asked without ending it.)"
     if os.name == "nt": return True
+    if started != "0": return _started(pid) == started
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except OSError: return True          # somebody else's
@@ -76,12 +83,12 @@ def _lives(pid: int) -> bool:
 
 def sweep(folder) -> list[Path]: # what was removed
     "Remove the temporary files of processes that were killed in this folder."
-    out, here = [], _mine().split("-", 1)[1]
+    out, here = [], _mine().split("-")[2]
     for path in Path(folder).glob(".*.tmp*"):
         if not (m := _LITTER.fullmatch(path.name)): continue
         try: old = time.time() - path.stat().st_mtime > 86400
         except FileNotFoundError: continue
-        if old or m[2] == here and not _lives(int(m[1])):
+        if old or m[3] == here and not _lives(int(m[1]), m[2]):
             path.unlink(missing_ok=True)
             out.append(path)
     return out

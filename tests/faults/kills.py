@@ -46,7 +46,7 @@ if __name__ == "__main__": sys.exit(main(["table", "cmkd_t04", "--scale", "smoke
 }
 MADE = {"a street, two processes": ("made/street",), "a student, every leg": ("made/runs",),
         "a table, two workers": ("results/runs", "results/tables", "results/figures", "results/executed")}  # fmt: skip
-SHARE = {"a street, two processes": 0.3, "a student, every leg": 0.54, "a table, two workers": 0.16}
+SHARE = {"a street, two processes": 0.36, "a student, every leg": 0.54, "a table, two workers": 0.1}
 VOLATILE = {"cost", "started", "finished", "seal", "git", "hardware"}  # of a record: when, where and at what price
 LITTER = re.compile(r"\.tmp|checkpoint|begun_from|stopped_at|failed|running")
 
