@@ -25,6 +25,7 @@ from cmkd.files import locked
 from cmkd.ledger import runs
 from cmkd.ledger.record import Run, command, config_of, load, run_name
 from cmkd.ledger.runs import begun_from, fit_all, fit_or_load
+from cmkd.ledger.tables import ap_table
 from cmkd.methods import hash_of, recipe
 from cmkd.reading import sha256, write_sealed
 from cmkd.train.loop import Progress
@@ -268,6 +269,17 @@ def test_other_frames_to_judge_on_train_nothing(toy, monkeypatch):
     assert load(first.folder).record == first.record, "the record itself stays"
     val.split = "late"
     assert toy(CFG.override("data.val=late")).record["config"]["data.val"] == "late" and len(toy.made) == 3
+
+
+def test_a_record_says_how_many_objects_counted(toy):
+    "Two cars far away on small pictures: some difficulties count none, and the table of the run says so."
+    run = toy()
+    objects = run.record["objects"]
+    assert set(objects) == {f"{c}/{d}" for c in CFG.data.classes for d in ("easy", "moderate", "hard")}
+    assert objects["Cyclist/easy"] == 0 and 0 < objects["Car/hard"] <= 2
+    shown = str(ap_table(run, "a note"))
+    assert "a note" in shown and "no Cyclist counts as easy" in shown
+    assert f"{objects['Car/hard']} Car count as hard, so AP R40 reaches" in shown
 
 
 def test_a_student_is_tied_to_its_parents(toy):

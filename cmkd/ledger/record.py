@@ -168,6 +168,7 @@ class Made:
     parents: dict[str, Run]  # role -> its run
     initial: dict | None  # name and sha256 of the weights that it began with
     ap: dict  # {class/metric/recall/iou/difficulty: percent}
+    objects: dict  # {class/difficulty: objects that count}; none in records of form 1
     cost: dict
     started: str
 
@@ -196,6 +197,7 @@ def described(cfg: Config, role: str, made: Made, folder: Path) -> dict:
         weights_sha256=sha256(folder / "weights.safetensors"),
         selection="last",
         ap=made.ap,
+        objects=made.objects,
         cost=made.cost,
         git=git_state(root()),
         versions=versions(),

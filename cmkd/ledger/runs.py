@@ -58,11 +58,12 @@ def judged_on(run: Run, frames: FrameSet, progress: bool = False, per_class: boo
     kept = read_sealed(file, "delete it, it will be measured again") if file.exists() else {}
     if {k: kept.get(k) for k in asked} != asked:
         cfg = run.config
-        kept = asked | dict(ap=judge(cfg, role_of(cfg, run.record["role"]), run.weights, frames, progress, per_class))
+        ap = judge(cfg, role_of(cfg, run.record["role"]), run.weights, frames, progress, per_class)
+        kept = asked | dict(ap=ap, objects=METRICS[frames.metric].count(frames, cfg.data.classes))
         write_sealed(file, kept)
     named = dict(config=run.record["config"] | {"data.val": frames.split},
                  data=run.record["data"] | dict(val=asked["data"]))
-    return replace(run, record=run.record | dict(ap=kept["ap"]) | named)
+    return replace(run, record=run.record | dict(ap=kept["ap"], objects=kept.get("objects", {})) | named)
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #051714be
 def manifests(role: Role, sets: Sets) -> dict[str, dict]:
@@ -200,10 +201,13 @@ def made(cfg: Config, name: str, sets: Sets, here: dict, above: dict[str, Run], 
     with measured(cost, "train"): spent = fit(role, cfg, work, folder, cfg.checkpoint_seconds, progress)
     add_sessions(cost, spent.progress)
     cost |= spent.told                                 # e.g. what an earlier student has paid for
-    ap = {}
+    ap, objects = {}, {}
     with measured(cost, "evaluate"):
-        if role.detect: ap = judge(cfg, role, folder/"weights.safetensors", sets.val, progress)
-    write_sealed(folder/"record.json", described(cfg, name, Made(here, above, initial, ap, cost, started), folder))
+        if role.detect:
+            ap = judge(cfg, role, folder/"weights.safetensors", sets.val, progress)
+            objects = METRICS[sets.val.metric].count(sets.val, cfg.data.classes)
+    made_of = Made(here, above, initial, ap, objects, cost, started)
+    write_sealed(folder/"record.json", described(cfg, name, made_of, folder))
     for rest in (CHECKPOINT, FORMER, "begun_from.json"): (folder/rest).unlink(missing_ok=True)
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #d0f2f80c

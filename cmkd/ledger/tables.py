@@ -20,6 +20,7 @@ from plotly.subplots import make_subplots
 
 from ..config import Config
 from ..draw import COLOURS, TEMPLATE
+from ..evaluate.metrics import scarce
 from ..files import atomic, root
 from .record import Run
 from ..reading import reading
@@ -236,7 +237,9 @@ def ap_table(run: Run, note: str="", recall: str="R40") -> Shown:
         out.setdefault(f"{cls} {metric} {iou}", {})[difficulty] = float("nan") if value is None else value
     count, val = run.record["data"]["val"]["count"], run.record["config"]["data.val"]
     lines = DataFrame(out).T.rename_axis("class, metric, IoU")
-    return Shown(lines, f"{run.name}: AP {recall} on {count} frames of {val}", note)
+    notes = [note] if note else []
+    notes += scarce(run.record.get("objects", {}))
+    return Shown(lines, f"{run.name}: AP {recall} on {count} frames of {val}", "\n".join(notes))
 
 # %% ../../nbs/6_ledger/64_ledger.tables.ipynb #653b50f5
 def saved_name(table: str, cfg: Config, overrides=()) -> str:

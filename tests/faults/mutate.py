@@ -98,8 +98,11 @@ def main() -> int:
             rows = sorted(r for part in pool.map(share, range(args.workers)) for r in part)
     survivors = [r for r in rows if not r[4]]
     print(f"{len(rows)} changes, {len(survivors)} survivors")
-    if not args.only:
-        path = ROOT / "results" / "trust" / "mutations.csv"
+    path = ROOT / "results" / "trust" / "mutations.csv"
+    if args.only and path.exists():                                  # the others stay as they were found
+        with open(path, newline="") as f: rest = [tuple(r) for r in csv.reader(f)][1:]
+        rows = sorted([r for r in rest if int(r[0]) not in args.only] + rows, key=lambda r: int(r[0]))
+    if path.exists() or not args.only:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="") as f:
             out = csv.writer(f, lineterminator="\n")
