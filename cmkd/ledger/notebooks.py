@@ -133,8 +133,9 @@ def files_below(folder) -> list[Path]:
     return sorted(out)
 
 def folder_key(folder) -> str:
-    "Hash of a data folder: names, numbers, sizes and times of its files, behind links too; a changed byte shows."
+    "Hash of a data folder: the content of its ImageSets; names, sizes and times of its other files, behind links too."
     def tell(p):
+        if p.parent.name == "ImageSets": return digest(p)
         try: s = os.stat(p)
         except OSError: return "a link that leads nowhere"
         return [s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns]
