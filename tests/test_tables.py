@@ -171,7 +171,8 @@ def test_unknown_names_and_wrong_types_stop_before_anything_runs(tmp_path):
         with pytest.raises(kind): notebooks.run_notebook(path, bad, out)
     untagged = book(tmp_path/"b.ipynb", "seeds = 1", tags=())
     with pytest.raises(ValueError, match="0 cells"): notebooks.run_notebook(untagged, {}, out)
-    with pytest.raises(FileNotFoundError, match="c.ipynb: no such file; name a notebook"): notebooks.run_notebook(tmp_path/"c.ipynb", {}, out)
+    with pytest.raises(FileNotFoundError, match="c.ipynb: no such file; name a notebook"):
+        notebooks.run_notebook(tmp_path/"c.ipynb", {}, out)
     assert not mark.exists() and not out.exists()
 
 
