@@ -18,7 +18,6 @@ from pathlib import Path
 
 import nbformat
 import papermill
-from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 
 from ..files import atomic, root, scratch, sweep
@@ -173,7 +172,8 @@ def execute(path: Path, values: dict, out: Path) -> NotebookNode:
             os.replace(temp, failed)
             where = f"cell {e.exec_count}; see {failed}"
             raise RuntimeError(f"{path.name} stopped with {e.ename}: {e.evalue} ({where})") from None
-        except DeadKernelError:
+        except RuntimeError as e:
+            if "died" not in str(e).lower(): raise           # nbclient: "Kernel died"
             os.replace(temp, failed)
             raise RuntimeError(f"{path.name}: its kernel was killed, most likely for want of memory; free some, or "
                                f"take fewer workers (--workers 1), and run it again; see {failed}") from None

@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ if __name__ == "__main__": sys.exit(main(["table", "cmkd_t04", "--scale", "smoke
 }
 MADE = {"a street, two processes": ("made/street",), "a student, every leg": ("made/runs",),
         "a table, two workers": ("results/runs", "results/tables", "results/figures", "results/executed")}  # fmt: skip
-SHARE = {"a street, two processes": 0.36, "a student, every leg": 0.54, "a table, two workers": 0.1}
+SHARE = {"a street, two processes": 0.5, "a student, every leg": 0.42, "a table, two workers": 0.08}
 VOLATILE = {"cost", "started", "finished", "seal", "git", "hardware"}  # of a record: when, where and at what price
 LITTER = re.compile(r"\.tmp|checkpoint|begun_from|stopped_at|failed|running")
 
@@ -99,9 +100,12 @@ def made(tree: Path, name: str) -> tuple[dict[str, str], list[str]]:
 
 
 def fresh(temp: Path, name: str) -> Path:
-    "A tree in which nothing of this has been made; the street of the smoke scale is there."
-    temp.mkdir()
-    tree = copied(temp)
+    "A tree in which nothing of this has been made, as it stood at the first call; the smoke scale's street is there."
+    kept = temp.parent.parent / "tree"
+    if not kept.exists():
+        kept.mkdir()
+        copied(kept)
+    tree = Path(shutil.copytree(kept, temp))
     if name != "a street, two processes":
         script = 'from cmkd.world.write import world\nif __name__ == "__main__": world("smoke", progress=False)'
         here = os.environ | dict(PYTHONPATH=str(tree))

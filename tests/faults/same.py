@@ -26,7 +26,8 @@ def main() -> int:
             (TABLE, "two workers", 1, {}, 2), (TABLE, "again", 1, {}, 2), (TABLE, "one worker", 1, {}, 1),
         )  # fmt: skip
         for n, (name, how, several, env, workers) in enumerate(cases):
-            trees = [fresh(Path(temp) / f"{n}-{k}", name) for k in range(several)]
+            (here := Path(temp) / str(n)).mkdir()
+            trees = [fresh(here / str(k), name) for k in range(several)]
             works = [begun(tree, name, **env, CMKD_WORKERS=str(workers)) for tree in trees]
             codes = [w.wait() for w in works]
             for tree, code in zip(trees, codes, strict=True):
