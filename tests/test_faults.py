@@ -18,16 +18,18 @@ from cmkd.ledger.notebooks import folder_key, run_notebook
 from cmkd.reading import write_sealed
 from cmkd.world.rays import WorldConfig
 from cmkd.world.write import write
-from tests.faults import disk, fuzz, numbers
+from tests.faults import disk, numbers
 from tests.faults.mutate import AREAS, CHANGES
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = dict(progress=False)
 
 
-def test_two_thousand_foreign_inputs(capsys):
-    code = fuzz.main(["--inputs", "2000", "--no-write"])
-    assert not code, capsys.readouterr().out
+def test_two_thousand_foreign_inputs():
+    "In a process of its own, whose memory is measured."
+    words = [sys.executable, "-m", "tests.faults.fuzz", "--inputs", "2000", "--no-write"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stdout + done.stderr
 
 
 def test_numbers_that_are_none():
