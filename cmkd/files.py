@@ -28,9 +28,10 @@ def root() -> Path:
 
 # %% ../nbs/0_ground/01_files.ipynb #1a96d42f
 def _started(pid: int) -> str:
-    "When a process began, in Linux's ticks: its number alone may be another's by now. '0' where nobody says."
-    try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    "When a process began, in Linux's ticks: its number alone may be another's by now. '' if it is dead, '0' if unknown."
+    try: state, *rest = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError): return "0"
+    return "" if state in "ZX" else rest[18]         # killed, and nobody has asked after it yet
 
 def _mine() -> str:
     "This process on this machine, as it stands in the names of its temporary files."

@@ -1,6 +1,6 @@
 """A hundred kills at random moments: what is made in the end has the same bits, and nothing is left lying about.
 
-    python -m tests.faults.kills [--kills 100] [--seed 0]
+    python -m tests.faults.kills [--kills 100] [--seed 0] [--only WORK]
 
 Three pieces of work, each done once undisturbed and then under fire: a street being rendered by two processes; a
 student with its teacher and depth network, through every leg, a checkpoint after every step; and a table, whose
@@ -168,15 +168,20 @@ def main() -> int:
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked.add_argument("--kills", type=int, default=100)
     asked.add_argument("--seed", type=int, default=0)
+    asked.add_argument("--only", choices=tuple(WORK), help="tried anew; the rows of the others stay as they are")
     args, rows = asked.parse_args(), []
     with tempfile.TemporaryDirectory() as temp:
         for i, (name, share) in enumerate(SHARE.items()):
+            if args.only not in (None, name): continue
             folder = Path(temp) / str(i)
             folder.mkdir()
             rows += under_fire(name, round(share * args.kills), folder, random.Random(f"{args.seed} {name}"))
     bad = [r for r in rows if r["problem"]]
     print(f"{sum(r.get('kills', 0) for r in rows)} kills, {len(bad)} problems")
     path = ROOT / "results" / "trust" / "kills.csv"
+    if args.only and path.exists():
+        with open(path, newline="") as f: others = [r for r in csv.DictReader(f) if r["work"] != args.only]
+        rows = sorted(others + rows, key=lambda r: list(WORK).index(r["work"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as f:
         out = csv.DictWriter(f, ("work", "round", "kills", "killed", "problem"), lineterminator="\n")
