@@ -28,7 +28,7 @@ def root() -> Path:
 
 # %% ../nbs/0_ground/01_files.ipynb #1a96d42f
 def _started(pid: int) -> str:
-    "When a process began, in Linux's ticks: its number alone may be another's by now. '' if it is dead, '0' if unknown."
+    "When a process began, in Linux's ticks, since its number may come back; '' if it is dead, '0' if nobody says."
     try: state, *rest = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError): return "0"
     return "" if state in "ZX" else rest[18]         # killed, and nobody has asked after it yet

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from cmkd import files
 from cmkd.cli import home, main
 from cmkd.doors.networks import its_own
 from cmkd.files import locked
@@ -79,6 +80,17 @@ def test_a_pool_ends_with_its_parent(tmp_path):
     deadline = time.time() + 20
     while any(Path(f"/proc/{p}").exists() for p in helpers) and time.time() < deadline: time.sleep(0.1)
     assert not any(Path(f"/proc/{p}").exists() for p in helpers)
+
+
+def test_a_process_that_nobody_has_reaped_is_dead():
+    child = subprocess.Popen(["sleep", "100"])
+    began = files._started(child.pid)
+    assert files._lives(child.pid, began) and not files._lives(child.pid, str(int(began) + 1))
+    child.kill()
+    deadline = time.time() + 10
+    while files._lives(child.pid, began) and time.time() < deadline: time.sleep(0.05)
+    assert not files._lives(child.pid, began)
+    child.wait()
 
 
 def test_a_kernel_that_is_killed_is_named(tmp_path):
