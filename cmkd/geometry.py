@@ -187,11 +187,11 @@ class Space:
     high: numbers(-1000, 1000, 3, 3) = (46.8, 30.08, 1.)
     lidar_voxel: numbers(0, 100, 3, 3, above=True) = (.04, .04, .1)
     image_voxel: numbers(0, 100, 3, 3, above=True) = (.16, .16, .16)
-    bev_cell: number(0, 100, above=True) = .32                     # cell of the BEV map that teacher and student share
-    depth: numbers(0, 1000, 2, 2) = (2., 46.8)     # range of the depth bins
-    depth_bins: whole(2, 1000) = 80                      # D, LID
-    max_points: whole(1, 1000) = 5                       # points kept in one LiDAR voxel
-    max_voxels: whole(1, 10**6) = 40000                   # voxels kept in one frame
+    bev_cell: number(0, 100, above=True) = .32  # cell of the BEV map that teacher and student share
+    depth: numbers(0, 1000, 2, 2) = (2., 46.8)  # range of the depth bins
+    depth_bins: whole(2, 1000) = 80             # D, LID
+    max_points: whole(1, 1000) = 5              # points kept in one LiDAR voxel
+    max_voxels: whole(1, 10**6) = 40000         # voxels kept in one frame
 
     def __post_init__(self):
         for name, n in (("low", 3), ("high", 3), ("lidar_voxel", 3), ("image_voxel", 3), ("depth", 2)):

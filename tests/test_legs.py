@@ -12,7 +12,7 @@ import torch
 from cmkd.boxes import corners, rectangles
 from cmkd.core import Boxes, Found, Frame, View
 from cmkd.data import augment, sets as sets_room
-from cmkd.data.kitti import Calibration, Kitti, write_frame, write_image, write_points, write_split
+from cmkd.data.kitti import Calibration, write_frame, write_image, write_points, write_split
 from cmkd.data.sets import Data, open_sets
 from cmkd.distill import cmkd as cmkd_room, roles as roles_room
 from cmkd.distill.depth import boxes_in_views
@@ -161,7 +161,7 @@ def test_what_a_student_is_given(cfg, work, monkeypatch):
     assert all(torch.equal(before[k], now[k]) for k in before if k.startswith(("head", "bev2d")) and "num_b" not in k)
     ((student, goal, normalise), _), = feat.calls
     assert normalise == cfg.distill.feature_norm and torch.equal(goal, plan_teacher(cfg, job, batch).bev)
-    assert losses["feature"] == 1.3 * roles_and(cmkd_room, student, goal, normalise)
+    assert losses["feature"] == 1.3 * feat.real(student, goal, normalise)
     ((_, seen, space, depth), _), = deep.calls
     assert seen is batch and (space, depth) == (cfg.space, cfg.depth)
     losses, batch = one(full, plan.learner)
@@ -172,10 +172,6 @@ def test_what_a_student_is_given(cfg, work, monkeypatch):
     assert head == cfg.head and weighed == cfg.distill.losses and quality == cfg.distill.quality
     assert len(boxes) == 2 and all(isinstance(b, Found) and (b.scores >= 0.23).all() for b in boxes)
     assert set(losses) == {"feature", "depth", "cls", "box", "direction"}
-
-
-def roles_and(room, student, goal, normalise):
-    return room.feature_loss.real(student, goal, normalise)
 
 
 def plan_teacher(cfg, job, batch):
@@ -363,4 +359,3 @@ def test_sets_are_opened_by_their_kind(street, monkeypatch):
     spy = Spy(monkeypatch, sets_room, "Kitti")
     open_sets(Data(unlabelled="more"), street)
     assert [c[0][1:] for c in spy.calls] == [("train", True), ("val", True), ("more", False)]
-    assert isinstance(Kitti(street, "train"), Kitti)

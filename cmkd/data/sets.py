@@ -54,21 +54,21 @@ KINDS = {"kitti": kitti, "world": Street}   # what `data.kind` opens: (root, spl
 @dataclass(frozen=True)
 class Data:
     "Which frames, of which classes, at which size."
-    kind: str = "kitti"                       # one of KINDS
-    world: whole(0, 2**62) = 0                # seed of the embedded street; 0 for any, and where there is none
+    kind: str = "kitti"                        # one of KINDS
+    world: whole(0, 2**62) = 0                 # seed of the embedded street; 0 for any, and where there is none
     classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist")  # that are learned, in the order of their labels
-    train: str = "train"                      # ImageSets name of the labelled training frames
-    val: str = "val"                          # ImageSets name of the frames that AP is measured on
-    unlabelled: str = ""                      # ImageSets name or drives of the frames nobody labelled; '' for none
-    train_frames: whole(0, 10**7) = 0                     # use the first so many; 0 is all
+    train: str = "train"                       # ImageSets name of the labelled training frames
+    val: str = "val"                           # ImageSets name of the frames that AP is measured on
+    unlabelled: str = ""                       # ImageSets name or drives of the frames nobody labelled; '' for none
+    train_frames: whole(0, 10**7) = 0          # use the first so many; 0 is all
     val_frames: whole(0, 10**7) = 0
     unlabelled_frames: whole(0, 10**7) = 0
-    image_size: wholes(16, 10_000, 0, 2) = ()          # (height, width) px to resize to; () keeps the native size
-    flip: number(0, 1) = .5                          # probability of the joint image and points flip
-    mirror: number(-10, 10) = -1.                       # u -> W + mirror - u; the released code writes W - u
-    photometric: number(0, 1) = 0.                   # strength of brightness, contrast and gamma jitter
-    rotation: number(0, 3.15) = .7853982                # teacher only: global rotation up to +- so many rad (SECOND)
-    scaling: number(0, .99) = .05                      # teacher only: global scaling up to +- this fraction (SECOND)
+    image_size: wholes(16, 10_000, 0, 2) = ()  # (height, width) px to resize to; () keeps the native size
+    flip: number(0, 1) = .5                    # probability of the joint image and points flip
+    mirror: number(-10, 10) = -1.              # u -> W + mirror - u; the released code writes W - u
+    photometric: number(0, 1) = 0.             # strength of brightness, contrast and gamma jitter
+    rotation: number(0, 3.15) = .7853982       # teacher only: global rotation up to +- so many rad (SECOND)
+    scaling: number(0, .99) = .05              # teacher only: global scaling up to +- this fraction (SECOND)
 
     def __post_init__(self):
         choice("data.kind", self.kind, tuple(KINDS))

@@ -38,7 +38,7 @@ from cmkd.ledger.notebooks import declared, printed
 from cmkd.ledger.record import load
 from cmkd.ledger.tables import paper_rows
 from cmkd.methods import METHODS, recipe, role_of
-from cmkd.reading import read_sealed, write_sealed
+from cmkd.reading import read_sealed, sha256, write_sealed
 from cmkd.train.loop import CHECKPOINT, Leg, cut_off, train
 from cmkd.train.roles import load_network, save_weights
 from cmkd.train.step import Learner, Stage
@@ -211,7 +211,7 @@ def targets(folder: Path) -> list:
     converted = folder / "converted"
     converted.mkdir()
     save_weights(role.build(cfg), converted / "weights.safetensors")
-    about = dict(role="teacher", config=cfg.flat(), weights_sha256=sha(converted / "weights.safetensors"))
+    about = dict(role="teacher", config=cfg.flat(), weights_sha256=sha256(converted / "weights.safetensors"))
     write_sealed(converted / "config.json", about)
     out.append(Target("converted", converted / "config.json", lambda: load_converted(converted)[1], sealed=True))
     released = folder / "released.pth"
@@ -239,12 +239,6 @@ class Released(Target):
         self.name, self.path, self.text, self.sealed, self.quiet = name, path, False, False, False
         self.sound, self.value, self.same = path.read_bytes(), None, lambda v: v
         self.read = lambda: convert(path, out) and None
-
-
-def sha(path: Path) -> str:
-    from cmkd.reading import sha256
-
-    return sha256(path)
 
 
 def flat_state(folder: Path) -> list:
