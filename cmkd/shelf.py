@@ -16,7 +16,7 @@ from pathlib import Path
 class Shelf:
     "Tables in one SQLite file. Whatever goes wrong with it is told once; after that it is as if it were empty."
 
-    def __init__(self, path, tables: tuple[str, ...], wait: float=4.): # wait: seconds for somebody else's lock
+    def __init__(self, path, tables: tuple[str, ...], wait: float=2.): # wait: seconds for somebody else's lock
         self.path, self.tables, self.wait, self.gone = Path(path), tables, wait, False
 
     def connect(self) -> sqlite3.Connection:
