@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'RECIPES', 'SCALES', 'choice', 'Range', 'whole', 'number', 'wholes', 'numbers', 'checked', 'said', 'parsed',
-           'flat', 'kinds', 'nested', 'Config', 'unknown', 'restored', 'picked', 'digest']
+           'flat', 'usual', 'kinds', 'nested', 'Config', 'unknown', 'restored', 'picked', 'unusual', 'digest']
 
 # %% ../nbs/0_ground/05_config.ipynb #6e58e3d9
 import hashlib
@@ -96,6 +96,14 @@ def flat(node, prefix: str="") -> dict[str, object]:
     return out
 
 @cache
+def usual(node: type, prefix: str="") -> dict[str, object]:
+    "{dotted name: default} of every field that lies in a group, as the class of the group has it."
+    groups = {f"{prefix}{n}.": kind for n, kind in get_type_hints(node).items() if is_dataclass(kind)}
+    out = {} if not prefix else {prefix + f.name: f.default for f in fields(node)}
+    for name, kind in groups.items(): out |= usual(kind, name)
+    return out
+
+@cache
 def kinds(node: type, prefix: str="") -> dict[str, object]:
     "{dotted name: type with its range} of every leaf of a dataclass."
     out = {}
@@ -166,11 +174,11 @@ def unknown(name: str, there) -> str:
 
 # %% ../nbs/0_ground/05_config.ipynb #e65b7a6a
 def restored(kind: type, values: dict[str, object]):
-    "The config of type `kind` from its `flat` form, perhaps read from JSON; a field too many or too few is an error."
+    "The config of type `kind` from its `flat` form, perhaps read from JSON; only what a group gained since may lack."
     there = kinds(kind)
     if extra := sorted(set(values) - set(there)):
         raise KeyError(unknown(extra[0], there))
-    if missing := sorted(set(there) - set(values)):
+    if missing := sorted(set(there) - set(values) - set(usual(kind))):
         raise KeyError(f"the config lacks {', '.join(missing)}")
     return nested(kind, values)
 
@@ -182,6 +190,11 @@ def picked(cfg: Config, names: tuple[str, ...]) -> dict[str, object]:
     lost = [n for n in names if n not in have and not any(k.startswith(n) for k in have)]
     if lost: raise KeyError(unknown(lost[0], have))
     return {k: v for k, v in have.items() if k in names or groups and k.startswith(groups)}
+
+def unusual(cfg: Config, names: tuple[str, ...]) -> dict[str, object]:
+    "Of `picked` what is not as its group's class has it: a field that a group gains tomorrow renames no run of today."
+    defaults = usual(type(cfg))
+    return {k: v for k, v in picked(cfg, names).items() if k not in defaults or defaults[k] != v}
 
 def digest(what: str, told: dict[str, object]) -> str:
     "Ten hex digits: the hash of a kind of run and of the fields that it depends on."

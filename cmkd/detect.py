@@ -36,7 +36,6 @@ def detect_set(
     batch: int=8,
     progress: bool=True,
     device: str="auto",
-    per_class: bool=False,   # as in `layers.head.detections`
     precision: str="no",     # 'no' or 'bf16', of the network; boxes are float32
 ) -> dict[str, Boxes]:       # {frame id: detections}
     "What a detector finds in every frame, after score threshold and NMS."
@@ -47,7 +46,7 @@ def detect_set(
     samples, out = Samples(frames, data.classes, image_size=data.image_size, grid=bev_grid(space)), {}
     for b in tqdm(loader(samples, batch), desc="detect", unit="batch", disable=not progress, mininterval=1.):
         with cast(precision, where): taps = model(b.to(where))
-        for id, found in zip(b.ids, model.found(taps, head, per_class), strict=True):
+        for id, found in zip(b.ids, model.found(taps, head), strict=True):
             out[id] = as_boxes(found, data.classes)
     return out
 

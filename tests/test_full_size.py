@@ -7,11 +7,12 @@ import sys
 import pytest
 
 STEP = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from cmkd.data.sets import open_sets
+from cmkd.cost.measure import peak_memory_mb
 from cmkd.distill.roles import lidar
 from cmkd.machine import seed_everything
 from cmkd.methods import recipe, role_of
@@ -27,7 +28,7 @@ save_weights(lidar(cfg), out/"teacher.safetensors")
 start = time.process_time()
 work = Work("student/0", open_sets(cfg.data, data), dict(teacher=out/"teacher.safetensors"), device="cpu")
 at = fit(role_of(cfg, "student"), cfg, work, out/"run", progress=False).progress
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+peak = peak_memory_mb()*2**20
 print(json.dumps(dict(rows=at.rows, cpu=time.process_time() - start, peak=peak)))
 """
 

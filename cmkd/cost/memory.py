@@ -54,10 +54,10 @@ def first_steps(cfg: Config, name: str, data: Path) -> Probe:
         forget_peak()
         work = Work(f"{name}/memory", sets, parents, device="cpu")  # weights to begin with are as large as none
         plan = role.plan(cfg, work)
-        legs = [replace(leg, steps=min(STEPS, leg.steps)) for leg in plan.legs]
+        legs = [replace(leg, steps=min(STEPS, leg.end)) for leg in plan.legs]
         train(plan.learner, legs, Path(folder), f"{name}/memory", progress=False, device="cpu")
     frames, kept = plan.remembered()
-    draws, drawn = (sum(leg.steps * leg.stage.batch for leg in some) for some in (plan.legs, legs))
+    draws, drawn = (sum(leg.end * leg.stage.batch for leg in some) for some in (plan.legs, legs))
     return Probe(peak_memory_mb(), draws, drawn, kept / max(1, frames))
 
 # %% ../../nbs/6_measure/61_cost.memory.ipynb #2903c0df
@@ -72,7 +72,7 @@ def needed(
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         probe = pool.submit(first_steps, cfg, role, Path(data)).result()
     sets = open_sets(cfg.data, Path(data))
-    frames = sets.seen() if role_of(cfg, role).unlabelled else sets.train
+    frames = sets.seen(role_of(cfg, role).learns)
     kept = kept_bytes(frames, cfg.data) * max(0, min(len(frames), probe.draws) - probe.drawn)
     taught = min(2e9, probe.shown * max(0, faces(len(frames), probe.draws, cfg.data.flip) - probe.drawn))
     kept, taught = HOLES * kept / 2**20, HOLES * taught / 2**20

@@ -57,7 +57,7 @@ def profiled(plan: Plan, steps: int=0) -> dict[str, float]: # CPU seconds of eac
     leg, learner, here = plan.legs[-1], plan.learner, Accelerator(cpu=True)
     leg.begin()
     learner.losses = leg.losses
-    adam, steps, done = optimiser(learner.train(), leg.stage), steps or leg.steps, 0
+    adam, steps, done = optimiser(learner.train(), leg.stage), steps or leg.end, 0
     clock = Clock()
     learner.network.register_forward_pre_hook(lambda *_: clock("teacher"))    # it is asked before the student looks
     learner.network.register_forward_hook(lambda *_: clock("student"))

@@ -102,7 +102,8 @@ class CMKD(Distiller):
         if unknown := [c for c in d.hard if c not in classes]:
             raise ValueError(f"distill.hard names {', '.join(unknown)}; the classes are {', '.join(classes)}")
         self.head, self.space, self.depth, self.hard = head, space, depth, [classes.index(c) for c in d.hard]
-        self.soft, self.load_head = replace(head, score=d.score) if d.response == "soft" else None, load_head
+        self.soft = replace(head, score=d.score, per_class=False) if d.response == "soft" else None
+        self.load_head = load_head
         self.needs_labels, self.bev_alone = d.response == "hard" or bool(d.hard), d.feature
         self.register_buffer("anchors", anchors, persistent=False)
         self.register_buffer("upright", nearest_bev(anchors.flatten(0, -2)).view(*anchors.shape[:-1], 4), False)
@@ -207,7 +208,7 @@ LARGER = {  # recipe -> the schedule for the larger set
     "release": ("feature_stage.epochs=30", "full_stage.epochs=10", "full_stage.lr=2e-4", "distill.depth_weight=0"),
 }
 
-MINI = ("distill.feature_norm=true", "distill.feature_weight=1")  # below `full`
+MINI = ("distill.feature_norm=true", "distill.feature_weight=25", "distill.losses.even=true")  # below `full`
 
 def recipe(name: str, scale: str, data: str, unlabelled: str) -> Config:
     "The config of a recipe and scale; `unlabelled` frames make `full` take its schedule for the larger set."

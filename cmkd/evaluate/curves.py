@@ -12,7 +12,7 @@ import numpy as np
 
 from ..data.kitti import Objects
 from .matching import COUNTS, IGNORED, det_status, gt_status, match
-from .overlaps import Overlaps, overlaps
+from .overlaps import REACH, Overlaps, overlaps
 
 # %% ../../nbs/4_evaluate/43_evaluate.curves.ipynb #39ae4e90
 SAMPLES = 41
@@ -53,8 +53,8 @@ class Contest:
         self,
         o: Overlaps,
         cls: str,
-        metric: str,  # '2D', 'BEV' or '3D'
-        iou: float,  # a match overlaps more than this
+        metric: str,  # '2D', 'BEV', '3D' or 'centre'
+        iou: float,  # a match overlaps more than this; 'centre': its centres are less than so many metres apart
         difficulty: str,
         height_scale: float = 1.0,  # picture size against KITTI's
         distance: tuple[float, float] | None = None,  # only depths z in [near, far), m
@@ -66,7 +66,9 @@ class Contest:
         inside = lambda t: True if distance is None else (depth(t) >= distance[0]) & (depth(t) < distance[1])
         self.gs = np.where((self.gs == COUNTS) & np.logical_not(inside(o.gt)), IGNORED, self.gs)
         g, d, v = o.pairs[metric]
-        k = np.flatnonzero((v > iou) & (self.gs[g] >= 0) & (self.ds[d] >= 0))
+        if metric == "centre" and not 0 < iou <= REACH:
+            raise ValueError(f"centres {iou:g} m apart are no match to ask for; give more than 0 and up to {REACH:g} m")
+        k = np.flatnonzero((v > (-iou if metric == "centre" else iou)) & (self.gs[g] >= 0) & (self.ds[d] >= 0))
         self.g, self.d, self.v = g[k], d[k], v[k]
         self.blamed = (self.ds == COUNTS) & inside(o.det)  # a false positive, if nobody takes it
         if metric == "2D":

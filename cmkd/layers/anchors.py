@@ -33,6 +33,7 @@ class Head:
     nms: number(0, 1) = 0.01  # BEV IoU above which the weaker of two boxes is dropped
     pre_nms: whole(1, 10**6) = 4096
     post_nms: whole(1, 10**5) = 500
+    per_class: bool = False  # detect each class for itself; False: a box is its best class and suppresses all others
 
     def __post_init__(self):
         for size in self.sizes:

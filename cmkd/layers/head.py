@@ -73,14 +73,13 @@ def decode_boxes(
 def detections(
     maps: HeadMaps,
     anchors: Tensor,  # (Y, X, A, 7) lidar
-    head: Head,
-    per_class: bool = False,  # each class for itself; False: a box is its best class, and suppresses boxes of all
+    head: Head,  # its score threshold and NMS, and whether each class is detected for itself
 ) -> list[Found]:  # B frames, best first
     "What the head has found: sigmoid, threshold, NMS (of the best class and over all, as released, by default)."
     cls, codes, directions = maps.flat()
     score, flat_anchors, out = cls.sigmoid(), anchors.reshape(-1, 7), []
     each = lambda c: (score[..., c], torch.full(score.shape[:2], c, device=score.device))
-    kinds = [each(c) for c in range(score.shape[2])] if per_class else [score.max(-1)]
+    kinds = [each(c) for c in range(score.shape[2])] if head.per_class else [score.max(-1)]
     for b in range(len(cls)):
         found = []
         for scores, labels in kinds:

@@ -30,10 +30,14 @@ class Losses:
     gamma: number(0, 20) = 2.0  # exponent of quality focal loss
     targets: str = "assigned"  # class of a positive: IoU of its decoded box ('assigned'), the 'label's, 'all' IoUs
     normalise: str = "positives"  # over a frame's positives, then mean over frames; 'sum' adds up the class terms
+    even: bool = False  # confidences with mean 1 over a batch's positives: doubt moves weight, and takes none away
 
     def __post_init__(self):
         choice("losses.targets", self.targets, ("assigned", "label", "all"))
         choice("losses.normalise", self.normalise, ("positives", "sum"))
+        if self.even and self.targets == "all":
+            raise ValueError("losses.even is about assigned positives; with losses.targets=all there are none: set "
+                             "it to false")
 
 # %% ../../nbs/2_layers/29_layers.head_loss.ipynb #88ca4125
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def detection_loss(
     first = torch.tensor([0] + [len(x) for x in boxes[:-1]], device=cls.device).cumsum(0)
     match = found.box_index.flatten(1)[b, n] + first[b]
     box, s, positives = torch.cat(boxes)[match], torch.cat(weights)[match], (label > 0).sum(1)
+    if losses.even: s = s*(len(s)/s.sum().clamp_min(1e-6))
     share = s/positives[b]/B
     code_here, turn_here = codes[b, n].float(), directions[b, n]
     code = smooth_l1(*sine_difference(code_here, encode(box, flat_anchors[n])), losses.beta).sum(1)

@@ -167,8 +167,8 @@ class Made:
     data: dict  # split -> manifest
     parents: dict[str, Run]  # role -> its run
     initial: dict | None  # name and sha256 of the weights that it began with
-    ap: dict  # {class/metric/recall/iou/difficulty: percent}
-    objects: dict  # {class/difficulty: objects that count}; none in records of form 1
+    judged: dict  # ap {class/metric/recall/iou/difficulty: percent}, objects {class/difficulty: that count}, and
+    #               draws {number: percent on each resampled val set, as text}
     cost: dict
     started: str
 
@@ -192,12 +192,11 @@ def described(cfg: Config, role: str, made: Made, folder: Path) -> dict:
         seeds=seeds(cfg),
         parents=above,
         initial=made.initial,
-        teacher_split=cfg.data.train,
+        teacher_split=cfg.data.teacher or cfg.data.train,
         data=made.data,
         weights_sha256=sha256(folder / "weights.safetensors"),
         selection="last",
-        ap=made.ap,
-        objects=made.objects,
+        **made.judged,
         cost=made.cost,
         git=git_state(root()),
         versions=versions(),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REMADE', 'judge', 'judged_on', 'manifests', 'learned', 'same_data', 'said', 'places', 'stands', 'same_parents',
-           'at_hand', 'initial_of', 'ready', 'fit_or_load', 'begun_from', 'adopted', 'made', 'cores', 'fit_all',
-           'side_by_side', 'Trained', 'trained']
+           'at_hand', 'initial_of', 'street', 'ready', 'fit_or_load', 'begun_from', 'adopted', 'made', 'cores',
+           'fit_all', 'side_by_side', 'Trained', 'trained']
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #2eee41b2
 import os
@@ -34,6 +34,7 @@ from ..methods import role_of
 from ..reading import read_sealed, sha256, write_sealed
 from ..train.loop import CHECKPOINT, FORMER
 from ..train.roles import Role, Work, fit, load_network
+from ..world.write import world
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #fde4d74e
 def judge(
@@ -42,34 +43,33 @@ def judge(
     weights: Path,
     val: FrameSet,
     progress: bool = True,
-    per_class: bool = False,  # each class detected for itself
-) -> dict[str, float | None]:
-    "{class/metric/recall/iou/difficulty: AP in percent} on labelled frames; None where there is nothing to find."
-    found = role.detect(cfg, load_network(role, cfg, weights), val, progress=progress, per_class=per_class)
-    return ap_record(METRICS[val.metric].score(found, val, cfg.data.classes))
+) -> dict[str, dict]:  # ap, objects, draws: what a record says of them
+    "What labelled frames say of a network."
+    found = role.detect(cfg, load_network(role, cfg, weights), val, progress=progress)
+    metric, classes = METRICS[val.metric], cfg.data.classes
+    kept = lambda values: " ".join("-" if v is None else f"{v:.2f}" for v in values)
+    draws = {number: kept(values) for number, values in metric.draw(found, val, classes).items()}
+    return dict(ap=ap_record(metric.score(found, val, classes)), objects=metric.count(val, classes), draws=draws)
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #859453ea
-def judged_on(run: Run, frames: FrameSet, progress: bool = False, per_class: bool = False) -> Run:
-    "The same run judged on `frames`, or class by class; kept beside its record, the copy's `data.val` names the split."
-    file = run.folder / f"ap-{frames.split}{'-per-class' if per_class else ''}.json"
+def judged_on(run: Run, frames: FrameSet, progress: bool = False) -> Run:
+    "The same run judged on `frames`; kept beside its record, the copy's `data.val` names the split."
+    file = run.folder / f"ap-{frames.split}.json"
     asked = dict(split=frames.split, data=manifest(frames), weights_sha256=run.record["weights_sha256"])
-    if per_class:
-        asked["per_class"] = True
     kept = read_sealed(file, "delete it, it will be measured again") if file.exists() else {}
     if {k: kept.get(k) for k in asked} != asked:
         cfg = run.config
-        ap = judge(cfg, role_of(cfg, run.record["role"]), run.weights, frames, progress, per_class)
-        kept = asked | dict(ap=ap, objects=METRICS[frames.metric].count(frames, cfg.data.classes))
+        kept = asked | judge(cfg, role_of(cfg, run.record["role"]), run.weights, frames, progress)
         write_sealed(file, kept)
     named = dict(config=run.record["config"] | {"data.val": frames.split},
                  data=run.record["data"] | dict(val=asked["data"]))
-    return replace(run, record=run.record | dict(ap=kept["ap"], objects=kept.get("objects", {})) | named)
+    said_there = {k: kept.get(k, {}) for k in ("ap", "objects", "draws")}
+    return replace(run, record=run.record | said_there | named)
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #051714be
 def manifests(role: Role, sets: Sets) -> dict[str, dict]:
     "The manifests of the sets that a run of `role` learns from and is judged on."
-    use = {k: v for k, v in sets.named().items() if k != "unlabelled" or role.unlabelled}
-    return {k: manifest(v) for k, v in use.items()}
+    return {k: manifest(v) for k, v in sets.of((*role.learns, "val")).items()}
 
 def learned(data: dict[str, dict]) -> dict[str, dict]:
     "Of manifests, those that gradients depend on."
@@ -115,12 +115,12 @@ def same_parents(run: Run, store: Path) -> Run:
                 "the run again")
     return run
 
-def at_hand(store: Path, name: str, here: dict, weights: bool) -> Run | None:
-    "The whole run of this name, checked against the data `here` and its parents; `None` if it must be made."
+def at_hand(store: Path, name: str, here: dict | None, weights: bool) -> Run | None:
+    "The whole run of this name, checked against its parents and the data `here`, if any; `None` if it must be made."
     for folder in places(store, name):
         run = load(folder)
         if run is not None and not (weights and not (folder/"weights.safetensors").exists()):
-            return same_parents(same_data(run, here), store)
+            return same_parents(run if here is None else same_data(run, here), store)
     return None
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #979958ab
@@ -137,6 +137,11 @@ def initial_of(cfg: Config, role: Role) -> Path | None:
     return path
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #be99c165
+def street(cfg: Config, progress: bool=True) -> Path:
+    "The folder of the embedded street that a config names, rendered if it is not there."
+    if cfg.data.kind == "world": return world(cfg.scale, progress=progress, seed=cfg.data.world)
+    raise ValueError(f"data.kind={cfg.data.kind} has frames of its own: name their folder")
+
 def ready(cfg: Config, role: str) -> None:
     "Raise if a run of this role, or of those above it, could not even begin: a network that cannot be built, a file."
     made = role_of(cfg, role)
@@ -147,13 +152,16 @@ def ready(cfg: Config, role: str) -> None:
 def fit_or_load(
     cfg: Config,
     role: str,             # a role of its method, e.g. 'teacher', 'depth' or 'student'
-    data,                  # folder of the frames
+    data=None,             # folder of the frames; default: the embedded street of the config, where frames are needed
     store=None,            # default: results/runs
     progress: bool=True,
     weights: bool=False,   # a record alone is not enough: if its weights are not here, train again
 ) -> Run:
     "The finished run of (cfg, role) on these frames: loaded, resumed or made, parents first."
     store, name = Path(store or root()/"results"/"runs"), run_name(cfg, role)
+    if data is None:
+        if run := at_hand(store, name, None, weights): return run
+        data = street(cfg, progress)
     sets = open_sets(cfg.data, Path(data), progress)
     here = manifests(role_of(cfg, role), sets)
     run = at_hand(store, name, here, weights)
@@ -166,7 +174,7 @@ def fit_or_load(
                 folder = places(store, name)[(store/name/"record.json").exists()]
                 made(cfg, role, sets, here, above, folder, progress)
                 run = adopted(folder, store/name)
-    judged = role_of(cfg, role).detect and run.record["data"]["val"] != here["val"]
+    judged = role_of(cfg, role).detect and sets.val and run.record["data"].get("val") != here["val"]
     return judged_on(run, sets.val, progress) if judged else run
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #3311c0d2
@@ -201,12 +209,10 @@ def made(cfg: Config, name: str, sets: Sets, here: dict, above: dict[str, Run], 
     with measured(cost, "train"): spent = fit(role, cfg, work, folder, cfg.checkpoint_seconds, progress)
     add_sessions(cost, spent.progress)
     cost |= spent.told                                 # e.g. what an earlier student has paid for
-    ap, objects = {}, {}
+    found = dict(ap={}, objects={}, draws={})
     with measured(cost, "evaluate"):
-        if role.detect:
-            ap = judge(cfg, role, folder/"weights.safetensors", sets.val, progress)
-            objects = METRICS[sets.val.metric].count(sets.val, cfg.data.classes)
-    made_of = Made(here, above, initial, ap, objects, cost, started)
+        if role.detect and sets.val: found = judge(cfg, role, folder/"weights.safetensors", sets.val, progress)
+    made_of = Made(here, above, initial, found, cost, started)
     write_sealed(folder/"record.json", described(cfg, name, made_of, folder))
     for rest in (CHECKPOINT, FORMER, "begun_from.json"): (folder/rest).unlink(missing_ok=True)
 
@@ -220,7 +226,7 @@ def cores() -> int:
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #748e6b3b
 def fit_all(
     jobs: list[tuple[Config, str]],  # (config, role) of each run
-    data,
+    data=None,                       # as in `fit_or_load`
     store=None,
     workers: int = 0,  # processes; 0 is `cores()`
     progress: bool = True,

@@ -132,9 +132,9 @@ class CameraDetector(nn.Module):
             taps.head = self.head(taps.bev2d)
         return taps
 
-    def found(self, taps: Taps, head: Head, per_class: bool=False) -> list[Found]:
+    def found(self, taps: Taps, head: Head) -> list[Found]:
         "The boxes that its maps say, a frame each; `head` has the threshold and the NMS."
-        return detections(taps.head, self.anchors, head, per_class)
+        return detections(taps.head, self.anchors, head)
 
 # %% ../../nbs/3_models/32_models.camera.ipynb #dd3e1ad4
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)

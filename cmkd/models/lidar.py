@@ -78,9 +78,9 @@ class LidarDetector(nn.Module):
         bev = self.to_bev(batch.points, len(batch))
         return self.from_bev(bev) if upto == "head" else Taps(bev=bev)
 
-    def found(self, taps: Taps, head: Head, per_class: bool=False) -> list[Found]:
+    def found(self, taps: Taps, head: Head) -> list[Found]:
         "The boxes that its maps say, a frame each; `head` has the threshold and the NMS."
-        return detections(taps.head, self.anchors, head, per_class)
+        return detections(taps.head, self.anchors, head)
 
 # %% ../../nbs/3_models/31_models.lidar.ipynb #1ce3e6b0
 def check_reach(teacher: Teacher, space: Space) -> None:

@@ -40,6 +40,11 @@ class Leg:
     per_epoch: int                                  # batches in one epoch
     losses: Losses                                  # (network, batch) -> named losses
     begin: Callable[[], None] = lambda: None        # called once, before the first step
+    meet: Callable[[], Tensor | None] = lambda: None  # after losses: the map where they meet, whose pulls are logged
+
+    @property
+    def end(self) -> int: # steps that are taken, of a schedule of `steps`
+        return min(self.stage.stop or self.steps, self.steps)
 
 # %% ../../nbs/4_train/41_train.loop.ipynb #bf06af7b
 @dataclass
@@ -205,6 +210,7 @@ def finite(learner: nn.Module, at: int) -> None:
 def logged(leg: Leg, done: int, taken: Taken) -> dict:
     "A row of metrics.csv."
     losses = {name: loss.item() for name, loss in taken.losses.items()}
+    losses |= {f"pull_{name}": pull for name, pull in taken.pulls.items()}
     return dict(leg=leg.name, step=done, lr=taken.lr, loss=taken.loss.item(), grad_norm=float(taken.norm), **losses)
 
 # %% ../../nbs/4_train/41_train.loop.ipynb #bb42bc16
@@ -213,17 +219,18 @@ def run_leg(
 ) -> None:
     "All remaining steps of one leg."
     learner.train()
-    log_every = max(1, leg.steps // 100)
+    log_every = max(1, leg.end // 100)
     bar = tqdm(
-        total=leg.steps, initial=at.step, desc=leg.name, disable=not progress, mininterval=1.0, unit="step", leave=True
+        total=leg.end, initial=at.step, desc=leg.name, disable=not progress, mininterval=1.0, unit="step", leave=True
     )
-    while at.step < leg.steps:
+    while at.step < leg.end:
         epoch, skip = divmod(at.step, leg.per_epoch)
         for batch in leg.batches(epoch, skip):
             batch = batch.to(accelerator.device)
-            last = at.step + 1 == leg.steps
+            last = at.step + 1 == leg.end
+            meet = leg.meet if (at.step + 1) % (10*log_every) == 0 or last else lambda: None
             try:
-                taken = step(learner, batch, adam, leg.stage, (at.step, leg.steps), accelerator)
+                taken = step(learner, batch, adam, leg.stage, (at.step, leg.steps), accelerator, meet=meet)
                 if last: finite(learner, at.step)
             except FloatingPointError as e:
                 file = save.file.with_name(STOPPED)

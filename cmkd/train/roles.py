@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from ..config import Config, digest, picked
+from ..config import Config, digest, unusual
 from ..core import Boxes
 from ..data.sets import Sets
 from ..files import atomic
@@ -58,7 +58,7 @@ class Role:
     # (cfg, network, frames, **options) -> {frame id: found}; None: no number on val
     detect: Callable[..., dict[str, Boxes]] | None = None
     kind: str = ""  # what two methods must share to share a run; default: the name
-    unlabelled: bool = False  # also learns from frames that nobody labelled
+    learns: tuple[str, ...] = ("train",)  # the sets that it learns from, see `Sets.of`
     parents: Callable[[Config], tuple[str, ...]] = lambda cfg: ()
     initial: Callable[[Config], str] = lambda cfg: ""  # a file in data/weights that its network begins with
     seed: Callable[[Config], int] = lambda cfg: cfg.seed
@@ -78,7 +78,7 @@ class Method:
 def run_hash(cfg: Config, name: str, roles: dict[str, Role]) -> str:
     "Ten hex digits that name a run: of the fields that its role depends on, and of its parents."
     role = roles[name]
-    told = picked(cfg, role.depends(cfg)) | {f"parent {p}": run_hash(cfg, p, roles) for p in role.parents(cfg)}
+    told = unusual(cfg, role.depends(cfg)) | {f"parent {p}": run_hash(cfg, p, roles) for p in role.parents(cfg)}
     return digest(role.kind or role.name, told)
 
 # %% ../../nbs/4_train/43_train.roles.ipynb #eeaa555a

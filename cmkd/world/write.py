@@ -109,7 +109,7 @@ def write(
         for name, r in splits.items(): write_split(folder, name, [f"{i:06d}" for i in r])
 
 # %% ../../nbs/1_world/19_world.write.ipynb #7f0f68cc
-WORLDS = {"smoke": dict(train=24, val=12, unlabelled=40), "mini": dict(train=500, val=500, unlabelled=2000)}
+WORLDS = {"smoke": dict(train=24, val=12, unlabelled=40), "mini": dict(train=500, val=2000, unlabelled=2000)}
 STREET = WorldConfig(seed=1, max_distance=27., balance=6.)   # space ends at 27.6 m; people enough to learn from
 
 def world(
@@ -124,5 +124,7 @@ def world(
                          "name your own data with --data PATH")
     other = "" if seed == STREET.seed else f"-{seed}"
     folder = Path(folder or root()/"data"/f"world-{scale}{other}")
-    write(folder, replace(STREET, seed=seed), WORLDS[scale], progress=progress, workers=2)
+    splits = ranges(WORLDS[scale])
+    splits["trainval"] = range(splits["train"].start, splits["val"].stop)
+    write(folder, replace(STREET, seed=seed), splits, progress=progress, workers=2)
     return folder

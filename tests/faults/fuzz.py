@@ -12,7 +12,6 @@ import csv
 import io
 import json
 import random
-import resource
 import shutil
 import sys
 import tempfile
@@ -28,6 +27,7 @@ import torch
 from PIL import Image
 
 from cmkd.config import kinds
+from cmkd.cost.measure import peak_memory_mb
 from cmkd.data.facts import Memory, facts
 from cmkd.data.kitti import Kitti, read_calib, read_detections, read_image, read_label, read_points, read_split
 from cmkd.data.kitti_raw import object_to_raw, read_raw_calib, read_raw_list
@@ -286,7 +286,7 @@ def main(words: list[str] | None = None) -> int:
             rows.append(dict(file=target.name, inputs=each, seconds=round(spent), **found))
             print(rows[-1], flush=True)
     for line, n in Counter(wrong).most_common(60): print(f"{n} x {line}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory_mb()
     print(f"{sum(r['inputs'] for r in rows)} inputs, {len(wrong)} wrong, peak {peak:.0f} MiB")
     if args.write:
         path = ROOT / "results" / "trust" / "fuzz.csv"
