@@ -43,31 +43,34 @@ class Experiment:
     Args:
         method: a line of cmkd.methods, e.g. cmkd, hint or logits
         recipe: what the paper says, or what its released code does
-        scale: seconds, to see that it runs; CPU minutes; the paper's sizes
+        scale: seconds, to see that it runs; CPU minutes; the paper's sizes (default: smoke; of a table, mini)
         data: a folder in KITTI's layout (ImageSets/, training/); default: the embedded world, rendered into data/
         unlabelled: frames nobody labelled: an ImageSets list, or 'raw' for the drives in kitti_raw beside --data
         sets: change one field of the config, e.g. --set distill.quality=false; may be repeated
     """
     method: str = "cmkd"
     recipe: Literal[RECIPES] = "paper"
-    scale: Literal[SCALES] = "smoke"
+    scale: Annotated[Literal[SCALES] | None, Parameter(show_default=False)] = None
     data: Path | None = None
     unlabelled: str | None = None
     sets: Annotated[tuple[str, ...], Parameter("--set", metavar="NAME=VALUE", show_default=False)] = ()
 
+    @property
+    def size(self) -> str: return self.scale or "smoke"
+
     def folder(self) -> Path:
         "The folder that was named, or the embedded world of the scale."
         if self.data is not None: return kitti_folder(self.data)
-        if self.scale == "full":
+        if self.size == "full":
             raise ValueError("--scale full is for real data: add --data PATH, or take --scale mini")
         from cmkd.world.write import world
-        return world(self.scale, seed=self.config().data.world)
+        return world(self.size, seed=self.config().data.world)
 
     def start(self) -> Config:
         "The method's recipe at this scale and for this kind of data."
         from cmkd.methods import recipe
-        street = self.scale != "full" if self.data is None else street_of(self.data) is not None
-        return recipe(self.method, self.recipe, self.scale, "world" if street else "kitti", self.unlabelled or "")
+        street = self.size != "full" if self.data is None else street_of(self.data) is not None
+        return recipe(self.method, self.recipe, self.size, "world" if street else "kitti", self.unlabelled or "")
 
     def changes(self) -> tuple[str, ...]:
         "What is to be changed in it: another street than the usual one, and what was asked for."
