@@ -11,8 +11,9 @@ import pytest
 from cmkd.data.sets import Data
 from cmkd.files import root
 from cmkd.ledger import notebooks, tables
+from cmkd.ledger.claims import answered, read_claims
 from cmkd.ledger.record import Run, load
-from cmkd.ledger.statistics import differences, half_width, per_class, side_by_side, summary
+from cmkd.ledger.statistics import additive, ap_grid, compared, half_width, holm, per_class, side_by_side, summary
 from cmkd.methods import recipe
 
 NUMBER = dict(cls="Car", metric="3D", recall="R40", difficulty="moderate")
@@ -48,12 +49,57 @@ def test_interval_is_students():
     assert wide == sorted(wide)[::-1], "more seeds, a narrower interval"
 
 
-def test_differences_line_up_by_seed():
-    "Only seeds that both rows have, whatever their order; a row that was not run is no difference."
+def test_comparisons_line_up_by_draw():
+    "Only draws that all rows have, whatever their order; a row that was not run is no difference."
     base, more = [fake(0, 1.), fake(1, 5.), fake(2, 9.)], [fake(2, 12.), fake(0, 3.), fake(7, 90.)]
-    d = differences(dict(base=base, more=more, never=[]), [("more", "base"), ("never", "base")], iou=.5, **NUMBER)
-    assert d.loc["more", "seeds"] == 2 and d.loc["more", "Δ"] == 2.5 and d.loc["more", "against"] == "base"
-    assert d.loc["never", "seeds"] == 0 and np.isnan(d.loc["never", "Δ"]) and d.loc["never", "seen"] == "—"
+    grid = ap_grid(dict(base=base, more=more, never=[]), iou=.5, **NUMBER)
+    assert list(grid.columns) == [0, 1, 2, 7] and grid.loc["more", 2] == 12
+    model = additive(grid)
+    c, never = compared(model, grid, dict(more=1, base=-1)), compared(model, grid, dict(never=1, base=-1))
+    assert c.draws == 2 and c.mean == pytest.approx(2.5) and c.pair == pytest.approx(12.706*.5, rel=1e-3)
+    assert np.isnan([never.mean, never.half, never.p]).all() and never.draws == 0
+
+
+def test_the_additive_model_is_what_anova_says():
+    "Whole grids: row means, and the residual mean square of a two-way layout; a hole: as numpy solves it."
+    values = np.random.default_rng(3).normal(size=(5, 4))
+    grid = pd.DataFrame(values, index=list("abcde"))
+    model, left = additive(grid), values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    assert model.df == 12 and model.sigma**2 == pytest.approx((left**2).sum()/12)
+    c = compared(model, grid, dict(b=1, a=-1))
+    assert c.mean == pytest.approx(values[1].mean() - values[0].mean())
+    assert c.half == pytest.approx(2.1788*model.sigma*(2/4)**.5, rel=1e-4)
+    four = compared(model, grid, dict(b=1, a=-1, c=-1, d=1))
+    assert four.half == pytest.approx(2**.5*c.half)
+    holed = grid.copy()
+    holed.iloc[1, 3] = np.nan
+    whole = compared(additive(holed), holed, dict(b=1, a=-1))
+    assert whole.draws == 3 and additive(holed).df == 11 and whole.half > c.half*additive(holed).sigma/model.sigma
+
+
+def test_nothing_to_tell_noise_from_has_no_interval():
+    one = ap_grid(dict(base=[fake(0, 1.)], more=[fake(0, 3.)]), iou=.5, **NUMBER)
+    c = compared(additive(one), one, dict(more=1, base=-1))
+    assert c.mean == pytest.approx(2) and np.isnan(c.half) and np.isnan(c.p)
+
+
+def test_holm_by_hand():
+    assert holm([.04, .01, .03, .005]) == pytest.approx([.06, .03, .06, .02])      # times 1, 3, 2, 4; never falling
+    assert holm([]) == [] and holm([.9, .8]) == [1., 1.]
+
+
+def test_claims_were_written_down_with_what_the_paper_says():
+    claims = read_claims()
+    assert len(claims) >= 22 and set(claims.direction) == {"more", "less", "little"}
+    assert (claims.smallest == 1).all(), "one smallest effect, stated before the runs"
+    bad = claims[(claims.direction == "more") & (claims.paper_difference < 0)]
+    assert not len(bad), "a claim of more, and the paper prints less"
+
+
+def test_a_claim_of_rows_that_were_not_run_is_a_dash():
+    found = answered(read_claims("t08"), {}, "mini")
+    assert found.verdict.tolist() == [""] and np.isnan(found.ours).all() and found.draws.tolist() == [0]
+    assert "—" in str(tables.Shown(found)) and "nan" not in str(tables.Shown(found))
 
 
 def test_what_was_not_run_is_a_dash():

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LABELLED', 'PLAIN', 'HARD', 'SILENT', 'SCRATCH', 'DEPTH', 'EARLY', 'ROWS', 'COUNTS', 'TABLES', 'HEAD_ALONE',
-           'RELEASED', 'LONGER', 'CONTROLS', 'STREETS', 'twice', 'amounts', 'rows', 'draw']
+           'RELEASED', 'LONGER', 'CONTROLS', 'STREETS', 'twice', 'amounts', 'scheduled', 'rows', 'draw']
 
 # %% ../../nbs/5_methods/56_distill.studies.ipynb #ab4bf229
 from ..config import choice
+from .cmkd import recipe
 from .roles import MonoConfig
 
 # %% ../../nbs/5_methods/56_distill.studies.ipynb #8ef4ccc4
@@ -63,12 +64,23 @@ CONTROLS = {"t04": {
 }}
 
 # %% ../../nbs/5_methods/56_distill.studies.ipynb #b80072e8
+def scheduled(start: MonoConfig) -> tuple[str, ...]:
+    "What gives a row without unlabelled frames the schedule of the smaller set, where `start` has that of the larger."
+    few, more = (recipe(start.recipe, start.scale, start.data.kind, u) for u in ("", "raw"))
+    stages = ("feature_stage", "full_stage")
+    if any(getattr(start, s) != getattr(more, s) for s in stages): return ()      # it was set by hand
+    return tuple(f"{s}.{k}={v}" for s in stages for k, v in vars(getattr(few, s)).items() if k in ("epochs", "lr"))
+
 def rows(table: str, start: MonoConfig, controls: bool=False) -> dict[str, MonoConfig | None]: # row -> its config
     "The rows of a table or figure as configs; None for a row with unlabelled frames where `start` has none."
     choice("table", table, TABLES)
     several = amounts(start.scale) if table == "f07" else ROWS[table] | (CONTROLS.get(table, {}) if controls else {})
-    possible = lambda changes: start.data.unlabelled or set(LABELLED) <= set(changes)
-    return {row: start.override(*changes) if possible(changes) else None for row, changes in several.items()}
+    out = {}
+    for row, changes in several.items():
+        labelled = set(LABELLED) <= set(changes)
+        own = scheduled(start) if labelled else ()
+        out[row] = start.override(*own, *changes) if labelled or start.data.unlabelled else None
+    return out
 
 STREETS = 100   # from one draw's street to the next
 

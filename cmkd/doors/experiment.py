@@ -45,7 +45,7 @@ class Experiment:
         recipe: what the paper says, or what its released code does
         scale: seconds, to see that it runs; CPU minutes; the paper's sizes (default: smoke; of a table, mini)
         data: a folder in KITTI's layout (ImageSets/, training/); default: the embedded world, rendered into data/
-        unlabelled: frames nobody labelled: an ImageSets list, or 'raw' for the drives in kitti_raw beside --data
+        unlabelled: frames nobody labelled: an ImageSets list, a list of raw frames (eigen_clean), or raw: all of them
         sets: change one field of the config, e.g. --set distill.quality=false; may be repeated
     """
     method: str = "cmkd"
@@ -70,7 +70,9 @@ class Experiment:
         "The method's recipe at this scale and for this kind of data."
         from cmkd.methods import recipe
         street = self.size != "full" if self.data is None else street_of(self.data) is not None
-        return recipe(self.method, self.recipe, self.size, "world" if street else "kitti", self.unlabelled or "")
+        named = [s.partition("=")[2].strip() for s in self.sets if s.partition("=")[0].strip() == "data.unlabelled"]
+        unlabelled = (named or [self.unlabelled or ""])[-1]            # however it was said, the schedule is by it
+        return recipe(self.method, self.recipe, self.size, "world" if street else "kitti", unlabelled)
 
     def changes(self) -> tuple[str, ...]:
         "What is to be changed in it: another street than the usual one, and what was asked for."

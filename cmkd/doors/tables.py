@@ -80,7 +80,7 @@ def bill(books: list[Path], experiment: Experiment, rows: Rows) -> str:
     from cmkd.distill.studies import TABLES
     from cmkd.ledger.study import asked, foretold, throws
     start = experiment.config()
-    there = [key for book in books if (key := book.stem.split("_")[1]) in TABLES]
+    there = [t for t in TABLES if any(book.stem.startswith((f"cmkd_{t}", "cmkd_claims")) for book in books)]
     draws = rows.draws or throws(start.scale)
     jobs = [cfg for key in there for cfg in asked(key, start, draws, rows.controls).values()]
     return foretold(jobs, root()/"results"/"runs", start.scale) if jobs else ""
@@ -99,12 +99,13 @@ def table(
     Args:
         name: a number of the paper's (4, f7), a notebook of nbs/tables or how its name begins, or all
     """
-    from cmkd.ledger.notebooks import printed
+    from cmkd.ledger.notebooks import declared, printed
     experiment = replace(experiment, scale=experiment.scale or "mini")
     books = sorted((root()/"nbs"/"tables").glob("cmkd_*.ipynb")) if name == "all" else [notebook_of(name)]
     if told := bill(books, experiment, rows): print(told, file=sys.stderr, flush=True)
     for book in books:
-        out = made(book, experiment, **vars(rows))
+        options = {k: v for k, v in vars(rows).items() if name != "all" or k in declared(book)}
+        out = made(book, experiment, **options)
         print(f"{printed(out)}\n\nexecuted notebook: {out}\n")
     print(f"tables and figures: {root()/'results'/'tables'}, {root()/'results'/'figures'}")
 

@@ -28,6 +28,7 @@ class Losses:
     direction: number(0, 1e4) = 0.2
     beta: number(0, 100, above=True) = 1 / 9  # where smooth L1 turns from square to line
     gamma: number(0, 20) = 2.0  # exponent of quality focal loss
+    alpha: number(0, 1) = 0.0  # weight of a class that is there, 1 - alpha of one that is not; 0 weighs both alike
     targets: str = "assigned"  # class of a positive: IoU of its decoded box ('assigned'), the 'label's, 'all' IoUs
     normalise: str = "positives"  # over a frame's positives, then mean over frames; 'sum' adds up the class terms
     even: bool = False  # confidences with mean 1 over a batch's positives: doubt moves weight, and takes none away
@@ -109,7 +110,9 @@ def detection_loss(
                 decode_with_direction(code_here, turn_here, flat_anchors[n], head), box, paired=True)
             w[b, n] = s
         else: y, w, touching = quality_targets(decode_boxes(maps, anchors, head), cls.shape, boxes, labels, weights)
-    score = (quality_focal_loss(cls, y, losses.gamma).sum(-1)*w).sum(1)/touching.clamp_min(1)
+    each = quality_focal_loss(cls, y, losses.gamma)
+    if losses.alpha: each = each*torch.where(y > 0, losses.alpha, 1 - losses.alpha)
+    score = (each.sum(-1)*w).sum(1)/touching.clamp_min(1)
     score = score.sum() if losses.normalise == "sum" else score.sum()/B
     return DetectionLosses(losses.cls*score, losses.box*(code*share).sum(), losses.direction*(front*share).sum())
 

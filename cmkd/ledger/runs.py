@@ -230,16 +230,17 @@ def fit_all(
     store=None,
     workers: int = 0,  # processes; 0 is `cores()`
     progress: bool = True,
+    weights: bool = False,  # as in `fit_or_load`
 ) -> list[Run]:
     "`fit_or_load` of every job, what is missing side by side."
     workers, place = workers or cores(), Path(store or root()/"results"/"runs")
-    children = [job for job in jobs if not stands(place, run_name(*job), False)]
+    children = [job for job in jobs if not stands(place, run_name(*job), weights)]
     for job in children: ready(*job)                                     # before the first of them trains
     above = [(cfg, r) for cfg, role in children for r in parents(cfg, role)]
     above = [job for job in above if not stands(place, run_name(*job), True)]
-    for wave, weights in ((above, True), (children, False)):
-        side_by_side(list({run_name(*job): job for job in wave}.values()), data, store, workers, progress, weights)
-    return [fit_or_load(cfg, role, data, store, progress) for cfg, role in jobs]
+    for wave, needed in ((above, True), (children, weights)):
+        side_by_side(list({run_name(*job): job for job in wave}.values()), data, store, workers, progress, needed)
+    return [fit_or_load(cfg, role, data, store, progress, weights) for cfg, role in jobs]
 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #85c04eaa
 def side_by_side(jobs: list[tuple[Config, str]], data, store, workers: int, progress: bool, weights: bool) -> None:

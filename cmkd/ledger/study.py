@@ -83,8 +83,8 @@ def answers(made: Study) -> DataFrame:
 def numbers(made: Study) -> DataFrame: # rows down; class and number across
     "Mean over the draws of the primary number and those beside it, of every class."
     everybody = {"teacher (LiDAR)": made.teachers, **made.runs}
-    out = {f"{cls} {name}": ap_grid(everybody, difficulty="moderate", **number).mean(axis=1)
-           for cls in made.start.data.classes for name, number in beside(cls).items()}
+    out = {f"{cls} {n['metric']} {n['iou']:g}": ap_grid(everybody, difficulty="moderate", **n).mean(axis=1)
+           for cls in made.start.data.classes for n in beside(cls).values()}
     return DataFrame(out).rename_axis("row")
 
 # %% ../../nbs/6_ledger/68_ledger.study.ipynb #e5772ec7
