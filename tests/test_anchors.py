@@ -399,6 +399,7 @@ def test_empty_and_broken_frames():
 
 def test_detections_agree_with_the_long_way():
     maps, anchors, head, *_ = scene([0, 0], seed=5)
+    head = replace(head, per_class=False)
     boxes, scores = decode_boxes(maps, anchors, head), maps.flat()[0].sigmoid()
     for b, found in enumerate(detections(maps, anchors, head)):
         got, score, label = found.boxes, found.scores, found.labels

@@ -1,11 +1,13 @@
 "The command line: help that helps, errors of one line, and no network before one is asked for."
 import inspect
 import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +20,27 @@ from cmkd.doors import data, networks
 from cmkd.doors.experiment import Experiment, street_of
 from cmkd.ledger.record import command
 from cmkd.methods import recipe
-from cmkd.world.write import WORLDS
+from cmkd.reading import sha256, write_sealed
+from cmkd.world.rays import WorldConfig
+from cmkd.world.write import WORLDS, write
 
-COMMANDS = ("doctor", "world", "train", "memory", "evaluate", "detect", "convert", "export", "table", "run", "bench")
+COMMANDS = ("doctor", "world", "split-leaks", "train", "memory", "evaluate", "detect", "submit", "convert", "export",
+            "table", "run", "bench")
 CAR = "Car 0.00 0 1.85 387.63 181.54 423.81 233.12 1.67 1.87 3.69 -16.53 2.39 28.49 1.57"
 OPTIONS = {   # every option of every command
     "doctor": {"PATH", "--out"},
     "world": {"OUT", "--frames", "--splits", "--seed", "--max-distance", "--workers"},
+    "split-leaks": {"FRAMES", "--val", "--mapping", "--out"},
     "train": {"--role", "--seed"},
     "memory": {"--role"},
     "evaluate": {"--labels", "--detections", "--ids", "--height-scale", "--json", "--allow-missing", "--distance",
                  "--confusion", "--bootstrap"},
     "detect": {"IMAGE", "--calib", "--weights", "--out", "--bf16"},
+    "submit": {"RUN", "--data", "--out"},
     "convert": {"PATH", "--to-released", "--out", "--set"},
     "export": {"--weights", "--onnx", "--size"},
-    "table": {"NAME", "--seeds", "--controls", "--workers"},
-    "run": {"--seeds", "--controls", "--workers"},
+    "table": {"NAME", "--draws", "--controls", "--workers"},
+    "run": {"--draws", "--controls", "--workers"},
     "bench": {"NAME", "--repeats", "--labels", "--ids", "--before"},
 }
 EXPERIMENT = {"--method", "--recipe", "--scale", "--data", "--unlabelled", "--set"}
@@ -81,7 +88,7 @@ def test_every_command_is_known_here(capsys):
 
 
 def test_choices_are_those_of_the_config(capsys):
-    text = run(capsys, "train", "--help")[1]
+    text = re.sub(r"[│\s]+", " ", run(capsys, "train", "--help")[1])
     assert f"[choices: {', '.join(RECIPES)}]" in text and f"[choices: {', '.join(SCALES)}]" in text
 
 
@@ -305,4 +312,53 @@ def test_doctor_on_real_frames(shared, tmp_path, capsys):
 
 
 def test_counts_of_the_embedded_world():
-    assert sum(WORLDS["mini"].values()) == 3000 and sum(WORLDS["smoke"].values()) == 76
+    assert sum(WORLDS["mini"].values()) == 4500 and sum(WORLDS["smoke"].values()) == 76
+
+
+# --- lists of raw frames, and the test server ---
+
+
+def test_what_raw_frames_share_with_val(shared, capsys, tmp_path):
+    "The paper's 42 thousand: counted, and the clean ones written for `data.unlabelled`."
+    splits = shared/"data"/"splits"
+    words = (splits/"kitti_raw.txt", "--val", splits/"val.txt", "--mapping", splits/"kitti_object_to_raw.json")
+    code, out, _ = run(capsys, "split-leaks", *words, "--out", tmp_path/"clean.txt")
+    assert code == 0 and "42,378 frames: 3,551 are frames of val, 5,297 more" in out and "33,530 share nothing" in out
+    again = run(capsys, "split-leaks", tmp_path/"clean.txt", *words[1:])[1]
+    assert "33,530 frames: 0 are frames of val, 0 more" in again
+    eigen = run(capsys, "split-leaks", splits/"eigen_clean.txt", *words[1:])[1]
+    assert "14,940 frames: 0 are frames of val, 0 more" in eigen
+
+
+def test_a_list_without_a_clean_frame_is_not_written(capsys, tmp_path):
+    drive = "2011_09_26_drive_0005_sync"
+    (tmp_path/"raw.txt").write_text(f"{drive}/0000000050\n{drive}/0000000051\n")
+    (tmp_path/"val.txt").write_text("000007\n")
+    (tmp_path/"map.json").write_text(json.dumps({"000007": ["2011_09_26", drive, "0000000050"]}))
+    words = (tmp_path/"raw.txt", "--val", tmp_path/"val.txt", "--mapping", tmp_path/"map.json")
+    assert "2 frames: 1 are frames of val, 1 more come from 1 drives" in run(capsys, "split-leaks", *words)[1]
+    code, _, err = run(capsys, "split-leaks", *words, "--out", tmp_path/"clean.txt")
+    assert code == 2 and "no frame is clean" in err and not (tmp_path/"clean.txt").exists()
+    (tmp_path/"map.json").write_text("{}")
+    assert "use the mapping of the full data set" in run(capsys, "split-leaks", *words)[2]
+
+
+def test_an_archive_for_the_test_server(capsys, tmp_path):
+    "Every frame of testing/, one file each; a run without training/ labels is asked for none."
+    from cmkd.methods import role_of
+    from cmkd.train.roles import save_weights
+    cfg, kitti, run_folder = recipe(scale="smoke").override("head.score=0"), tmp_path/"kitti", tmp_path/"run"
+    write(kitti, WorldConfig(seed=3), dict(test=2), progress=False)
+    (kitti/"training").rename(kitti/"testing")
+    run_folder.mkdir()
+    save_weights(role_of(cfg, "student").build(cfg), run_folder/"weights.safetensors")
+    about = dict(role="student", config=cfg.flat(), weights_sha256=sha256(run_folder/"weights.safetensors"))
+    write_sealed(run_folder/"config.json", about)
+    code, out, err = run(capsys, "submit", run_folder, "--data", kitti, "--out", tmp_path/"s.zip")
+    assert code == 0 and "2 frames" in out and "a rehearsal" in out, err
+    with zipfile.ZipFile(tmp_path/"s.zip") as z:
+        assert z.namelist() == ["000000.txt", "000001.txt"]
+        rows = z.read("000000.txt").decode().split("\n")[0].split()
+    assert len(rows) == 16 and rows[0] in cfg.data.classes
+    (kitti/"ImageSets"/"test.txt").unlink()
+    assert "no such split" in run(capsys, "submit", run_folder, "--data", kitti, "--out", tmp_path/"t.zip")[2]

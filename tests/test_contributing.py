@@ -86,7 +86,7 @@ def test_a_metric_moves_in(parking, tmp_path, monkeypatch):
     found[val.ids[0]] = Boxes(found[val.ids[0]].boxes + [[3, 0, 0, 0, 0, 0, 0]], ["Car"])
     rows = METRICS["found"].score(found, val, ("Car", "Cyclist"))
     assert rows["value"].tolist()[0] == 75 and rows["value"].isna()[1], "three of four cars; no cyclist to find"
-    ap = judge(cfg, role_of(cfg, "teacher"), train(cfg, "teacher", tmp_path), val, progress=False)
+    ap = judge(cfg, role_of(cfg, "teacher"), train(cfg, "teacher", tmp_path), val, progress=False)["ap"]
     assert set(ap) == {f"{name}/found/2m/nan/all" for name in cfg.data.classes} and ap["Car/found/2m/nan/all"] >= 0
 
 

@@ -55,7 +55,7 @@ def batch(n=2, seed=0, per=300) -> Batch:
 
 def soft_boxes(head, anchors, cfg) -> list[Found]:
     "What CMKD learns from: the teacher's detections with a score of at least `distill.score`."
-    return detections(head, anchors, replace(cfg.head, score=cfg.distill.score))
+    return detections(head, anchors, replace(cfg.head, score=cfg.distill.score, per_class=False))
 
 
 def net(cfg=CFG, anchors=None) -> CMKD:
@@ -131,9 +131,9 @@ def test_every_term_is_weighed_by_the_score_of_its_box():
     soft = soft_boxes(teacher, ANCHORS, CFG)
 
     def pull(**k):
-        return net(switched(feature=False, **k))(Taps(head=student), dict(teacher=Taps(soft=soft)), batch(1))
+        return net(switched(feature=False, losses=d, **k))(Taps(head=student), dict(teacher=Taps(soft=soft)), batch(1))
 
-    d = CFG.distill.losses
+    d = replace(CFG.distill.losses, even=False)
     boxes, scores, labels = soft[0].boxes, soft[0].scores, soft[0].labels
     alone = [
         detection_loss(student, ANCHORS, CFG.head, d, [Found.labelled(boxes[k : k + 1], labels[k : k + 1])])

@@ -148,7 +148,7 @@ def test_what_a_student_is_given(cfg, work, monkeypatch):
         assert changed(change) == (augment.student, dict(flip=0.41, mirror=-0.9, photometric=0.19))
     assert [c[0][1] for c in fed.calls] == [cfg.feature_stage, cfg.full_stage]
     ((teacher, taps, head, _), more), = soft.calls
-    assert head == replace(cfg.head, score=0.23) and taps == ("bev", "soft") and more["frames"] == 12
+    assert head == replace(cfg.head, score=0.23, per_class=False) and taps == ("bev", "soft") and more["frames"] == 12
     weights = roles_room.read_weights(job.parents["teacher"])
     assert all(torch.equal(v, weights[k]) for k, v in teacher.state_dict().items()) and not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -239,7 +239,7 @@ def test_what_a_run_is_given(cfg, street, tmp_path, monkeypatch):
 
     def judge(cfg, role, weights, val, *more):
         judged.append((role.name, weights.parent.name, val.split))
-        return {"Car/3D/R40/0.7/moderate": 1.0}
+        return dict(ap={"Car/3D/R40/0.7/moderate": 1.0}, objects={}, draws={})
 
     monkeypatch.setattr(runs_room, "fit", fit)
     monkeypatch.setattr(runs_room, "judge", judge)

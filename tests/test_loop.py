@@ -140,8 +140,8 @@ def test_a_checkpoint_of_the_last_version_goes_on(through, golden, tmp_path):
     folder, whole = through
     shutil.copy(golden / "form1" / "checkpoint.pt", tmp_path)
     again = Toy(tmp_path, every=0.0)
-    for (k, a), b in zip(whole.net.state_dict().items(), again.net.state_dict().values(), strict=True):
-        assert torch.equal(a, b), k
+    for a, b in zip(whole.net.state_dict().values(), again.net.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # another machine wrote it
     assert again.seen == whole.seen[5:]
 
 

@@ -99,12 +99,11 @@ class CMKD(Distiller):
     ):
         super().__init__()
         d = self.distill = distill
-        if unknown := [c for c in d.hard if c not in classes]:
-            raise ValueError(f"distill.hard names {', '.join(unknown)}; the classes are {', '.join(classes)}")
+        unknown = ", ".join(c for c in d.hard if c not in classes)
+        if unknown: raise ValueError(f"distill.hard names {unknown}; the classes are {', '.join(classes)}")
         self.head, self.space, self.depth, self.hard = head, space, depth, [classes.index(c) for c in d.hard]
         self.soft = replace(head, score=d.score, per_class=False) if d.response == "soft" else None
-        self.load_head = load_head
-        self.needs_labels, self.bev_alone = d.response == "hard" or bool(d.hard), d.feature
+        self.needs_labels, self.bev_alone, self.load_head = d.response == "hard" or bool(d.hard), d.feature, load_head
         self.register_buffer("anchors", anchors, persistent=False)
         self.register_buffer("upright", nearest_bev(anchors.flatten(0, -2)).view(*anchors.shape[:-1], 4), False)
         wanted = dict(bev=d.feature, head=d.response != "none", depth_logits=bool(d.depth_weight))
@@ -169,7 +168,8 @@ def fields(cfg: Config) -> tuple[str, ...]:
     if d.feature: names += ["feature_weight", "feature_norm"]
     if d.response in ("soft", "dense"): names += ["score", "quality"]
     if d.response != "none": names += [f"losses.{f.name}" for f in field_names(d.losses)]
-    if d.response == "dense": names.remove("losses.targets")       # raw maps are their own targets
+    unread = ("targets", "even", "alpha")                                # raw maps are their own targets
+    if d.response == "dense": names = [n for n in names if n.removeprefix("losses.") not in unread]
     assigned = ASSIGNED if d.response in ("soft", "hard") else ()
     return ("load_head", *(f"distill.{n}" for n in names)) + assigned + ("depth.",)*bool(d.depth_weight)
 

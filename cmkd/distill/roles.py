@@ -75,8 +75,8 @@ class MonoConfig(Config):
 READ, TRAIN = ("data.kind", "data.world", "data.classes"), ("data.train", "data.train_frames")
 
 def frames_of(cfg: MonoConfig, role: str) -> tuple[str, ...]:
-    "The fields that name the frames of a role: train's, unless it has a set of its own."
-    return (f"data.{role}",) if role in ("teacher", "depth") and getattr(cfg.data, role) else TRAIN
+    "The fields that name the frames of `teacher` or `depth`: its own set's, or else train's."
+    return (f"data.{role}",) + TRAIN*(not getattr(cfg.data, role))
 
 def lidar(cfg: MonoConfig) -> LidarDetector:
     "The teacher's network, drawn at random."

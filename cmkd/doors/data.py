@@ -131,7 +131,7 @@ def evaluate(
 
 # %% ../../nbs/7_doors/72_doors.data.ipynb #a4c0a4f4
 def split_leaks(
-    frames: Annotated[Path, Parameter(metavar="LIST")],
+    frames: Path,
     /, *,
     val: Path,
     mapping: Path,
