@@ -16,6 +16,7 @@ run: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q tests/test_packaging.py tests/test_floors.py tests/test_notebooks.py
 	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/cmkd table all --scale smoke
 	$(BIN)/python -m pytest -q tests --ignore tests/test_packaging.py --ignore tests/test_floors.py --ignore tests/test_notebooks.py
 
 env: $(STAMP)

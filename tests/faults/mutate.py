@@ -26,6 +26,7 @@ AREAS = dict(
     ledger=("legs", "ledger", "tables", "cli"),
     data=("legs", "data", "doctor", "ledger"),
     judge=("evaluate",),
+    study=("study", "tables", "legs"),
 )  # which of tests/test_*.py should notice
 
 
