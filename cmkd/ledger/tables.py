@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'NUMBERS', 'DIFFICULTIES', 'DASH', 'NOTE', 'STAGES', 'COSTS', 'paper_rows', 'dataset_name', 'rows_of',
            'rows', 'pick', 'headline', 'cell', 'Shown', 'as_text', 'as_html', 'banner', 'dot_lines', 'dots', 'length',
-           'schedule', 'costs', 'traced', 'provenance', 'ap_table', 'saved_name', 'save_table']
+           'schedule', 'costs', 'traced', 'provenance', 'ap_table', 'saved_name', 'save_table', 'as_markdown',
+           'save_page']
 
 # %% ../../nbs/6_ledger/64_ledger.tables.ipynb #4cdcead4
 import hashlib
@@ -258,4 +259,21 @@ def save_table(name: str, *long: DataFrame, folder=None) -> Path:
                          "put 'smoke' into the name")
     path = Path(folder or root()/"results"/"tables")/f"{name}.csv"
     with atomic(path) as temp: every.to_csv(temp, index=False, float_format="%.6g")
+    return path
+
+# %% ../../nbs/6_ledger/64_ledger.tables.ipynb #00a2e45a
+def as_markdown(shown: Shown) -> str:
+    "A table for a page of Markdown."
+    head, *body = [[c.replace("|", "\\|") or " " for c in line] for line in shown.cells()]
+    line = lambda cells: f"| {' | '.join(cells)} |"
+    rule = line([":--" if words else "--:" for words in shown.left()])
+    told = [f"**{text}**" for text in (shown.title, shown.banner) if text]
+    return "\n\n".join([*told, "\n".join([line(head), rule, *map(line, body)])])
+
+def save_page(name: str, title: str, *parts: Shown | str, folder=None) -> Path:
+    "Write results/tables/`name`.md, atomically: a title, the figure of that name, and tables and text in their order."
+    path = Path(folder or root()/"results"/"tables")/f"{name}.md"
+    texts = [as_markdown(p) if isinstance(p, Shown) else p for p in parts]
+    page = [f"# {title}", texts[0], f"![{title}](../figures/{name}.png)", *texts[1:]]
+    with atomic(path) as temp: temp.write_text("\n\n".join(page) + "\n", encoding="utf-8")
     return path
