@@ -41,10 +41,14 @@ COUNTS = {"smoke": (10, 20), "mini": (180, 580, 1120), "full": (1300, 4300, 8300
 
 TABLES = (*ROWS, "f07")
 
-def amounts(scale: str) -> dict[str, tuple[str, ...]]:
-    "Figure 7: from no unlabelled frame to all of them."
-    some = {f"{n} frames": (f"data.unlabelled_frames={n}",) for n in COUNTS[scale]}
-    return {"no frames": LABELLED} | some | {"all frames": ()}
+def amounts(start: MonoConfig) -> dict[str, tuple[str, ...]]:
+    "Figure 7: from no unlabelled frame to all of them; on the embedded street twice as many, too, and drives."
+    some = {f"{n} frames": (f"data.unlabelled_frames={n}",) for n in COUNTS[start.scale]}
+    out = {"no frames": LABELLED} | some | {"all frames": ()}
+    if start.data.kind != "world": return out
+    drives = ("data.unlabelled=drives",)
+    half = f"data.unlabelled_frames={COUNTS[start.scale][-2]}"
+    return out | {"twice as many": ("data.unlabelled=many",), "drives, some frames": (*drives, half), "drives": drives}
 
 # %% ../../nbs/5_methods/56_distill.studies.ipynb #939299cd
 HEAD_ALONE = ("distill.feature=false", "student.adapt=false")
@@ -74,7 +78,7 @@ def scheduled(start: MonoConfig) -> tuple[str, ...]:
 def rows(table: str, start: MonoConfig, controls: bool=False) -> dict[str, MonoConfig | None]: # row -> its config
     "The rows of a table or figure as configs; None for a row with unlabelled frames where `start` has none."
     choice("table", table, TABLES)
-    several = amounts(start.scale) if table == "f07" else ROWS[table] | (CONTROLS.get(table, {}) if controls else {})
+    several = amounts(start) if table == "f07" else ROWS[table] | (CONTROLS.get(table, {}) if controls else {})
     out = {}
     for row, changes in several.items():
         labelled = set(LABELLED) <= set(changes)

@@ -64,7 +64,8 @@ class Experiment:
         if self.size == "full":
             raise ValueError("--scale full is for real data: add --data PATH, or take --scale mini")
         from cmkd.world.write import world
-        return world(self.size, seed=self.config().data.world)
+        data = self.config().data
+        return world(self.size, seed=data.world, also=data.unlabelled)
 
     def start(self) -> Config:
         "The method's recipe at this scale and for this kind of data."

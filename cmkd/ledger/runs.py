@@ -139,8 +139,9 @@ def initial_of(cfg: Config, role: Role) -> Path | None:
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #be99c165
 def street(cfg: Config, progress: bool=True) -> Path:
     "The folder of the embedded street that a config names, rendered if it is not there."
-    if cfg.data.kind == "world": return world(cfg.scale, progress=progress, seed=cfg.data.world)
-    raise ValueError(f"data.kind={cfg.data.kind} has frames of its own: name their folder")
+    data = cfg.data
+    if data.kind == "world": return world(cfg.scale, progress=progress, seed=data.world, also=data.unlabelled)
+    raise ValueError(f"data.kind={data.kind} has frames of its own: name their folder")
 
 def ready(cfg: Config, role: str) -> None:
     "Raise if a run of this role, or of those above it, could not even begin: a network that cannot be built, a file."

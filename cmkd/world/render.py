@@ -31,7 +31,7 @@ from cmkd.world.cast import (
 )
 from .paint import appear
 from .rays import Scan, WorldConfig, picture, rig, sweep
-from .scene import Scene, scene
+from .scene import Scene, scene_of
 
 # %% ../../nbs/1_world/18_world.render.ipynb #78440aee
 def sky(scene: Scene, scan: Scan, rows: np.ndarray) -> np.ndarray: # (3, len(rows))
@@ -39,7 +39,7 @@ def sky(scene: Scene, scan: Scan, rows: np.ndarray) -> np.ndarray: # (3, len(row
     x, y, z = scan.rays.take(rows, 0).T
     n = np.sqrt(x*x + y*y + z*z)
     x, y, z = x/n, y/n, z/n
-    light, up, number = scene.light, z.clip(0), scene.number
+    light, up, number = scene.light, z.clip(0), scene.sky
     share = 1 - np.exp(-4.5*up)
     puff = (.35 + .3*grain(40*x/(up + .15) + number*31, 40*y/(up + .15))).clip(0, 1)
     cloud = share*puff*(.5 if light.direct[0] > 1 else .8)
@@ -152,4 +152,4 @@ def render(scene: Scene, config: WorldConfig) -> Frame:
 
 def frame(config: WorldConfig, i: int) -> Frame:
     "Frame i of a world."
-    return render(scene(config, i), config)
+    return render(scene_of(config, i), config)
