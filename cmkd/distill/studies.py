@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELLED', 'PLAIN', 'HARD', 'SILENT', 'SCRATCH', 'DEPTH', 'EARLY', 'ROWS', 'COUNTS', 'TABLES', 'HEAD_ALONE',
-           'RELEASED', 'LONGER', 'CONTROLS', 'STREETS', 'twice', 'amounts', 'scheduled', 'rows', 'draw']
+           'RELEASED', 'OVERLAP', 'LONGER', 'CONTROLS', 'STREETS', 'twice', 'amounts', 'scheduled', 'rows', 'draw']
 
 # %% ../../nbs/5_methods/56_distill.studies.ipynb #ab4bf229
 from ..config import choice
@@ -53,6 +53,7 @@ def amounts(start: MonoConfig) -> dict[str, tuple[str, ...]]:
 # %% ../../nbs/5_methods/56_distill.studies.ipynb #939299cd
 HEAD_ALONE = ("distill.feature=false", "student.adapt=false")
 RELEASED = ("distill.feature_norm=false", "distill.feature_weight=32")   # L_feat's weight in the released code
+OVERLAP = ("distill.losses.targets=assigned",)   # class target of a positive: the IoU of its box, not its label's score
 LONGER = ("teacher_stage.steps=3600",)                                     # a better teacher
 CONTROLS = {"t04": {
     "Pre + head": LABELLED + HEAD_ALONE + HARD,
@@ -63,6 +64,8 @@ CONTROLS = {"t04": {
     "Pre + Res, longer teacher": LABELLED + PLAIN + LONGER,
     "Pre + Feat + Res, longer teacher": LABELLED + LONGER,
     "Pre + Feat + Res, teacher saw val": LABELLED + ("data.teacher=trainval",),
+    "Pre, IoU as class target": LABELLED + PLAIN + HARD + OVERLAP,
+    "Pre + Feat + Res, IoU as class target": LABELLED + OVERLAP,
     "Pre + Feat + Res, in stages": LABELLED + ("feature_stage.steps=500", "full_stage.steps=500"),
     "Pre + Feat + Res + Un, 1.8 times the steps": ("full_stage.steps=1800",),
 }}

@@ -28,11 +28,13 @@ FIRST = "cmkd_t04_both_distillations"   # the table that `cmkd run` makes
 def notebook_of(name: str) -> Path:
     "The table notebook of this name, or whose name begins with it; '4' is the paper's Table 4, 'f7' its Figure 7."
     every, wanted = sorted((root()/"nbs"/"tables").glob("*.ipynb")), Path(name).stem
-    if number := re.fullmatch(r"([tf]?)(\d+)", wanted): wanted = f"cmkd_{number[1] or 't'}{int(number[2]):02d}_"
-    there = [p for p in every if p.stem == wanted] or [p for p in every if p.stem.startswith(wanted)]
+    if number := re.fullmatch(r"([tf]?)(\d{1,2})", wanted):
+        part = f"_{number[1] or 't'}{int(number[2]):02d}_"
+        there = [p for p in every if part in p.stem]
+    else: there = [p for p in every if p.stem == wanted] or [p for p in every if p.stem.startswith(wanted)]
     if len(there) != 1:
         known = ", ".join(p.stem for p in every)
-        raise FileNotFoundError(f"{len(there) or 'no'} table notebooks begin with {name!r}; there are: {known}")
+        raise FileNotFoundError(f"{len(there) or 'no'} table notebooks are called {name!r}; there are: {known}")
     return there[0]
 
 # %% ../../nbs/7_doors/74_doors.tables.ipynb #4ab1f68b
