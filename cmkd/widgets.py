@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PANELS', 'BLUES', 'LOOK', 'temper', 'ray', 'splat', 'lidar_distribution', 'PixelState', 'Belief', 'nearest_return',
            'belief', 'said', 'rings', 'pixel_traces', 'panels', 'pixel_to_ground', 'refresh', 'PixelToGround', 'stop',
-           'pixel_slides']
+           'pixel_slides', 'slider', 'choice_of', 'Explore']
 
 # %% ../nbs/0_ground/09_widgets.ipynb #094710d6
 import json
@@ -282,3 +282,46 @@ def pixel_slides(
         fig.frames += (go.Frame(name=label, data=traces, traces=places, layout=dict(title_text=told)),)
     sliders = [dict(steps=list(map(stop, labels)), pad=dict(t=40), currentvalue=dict(prefix="T = "))]
     return fig.update_layout(height=fig.layout.height + 60, sliders=sliders)
+
+# %% ../nbs/0_ground/09_widgets.ipynb #9721ae3a
+def slider(name: str, value, low, high, step) -> ipywidgets.Widget:
+    "A number between two others; whole if its step is."
+    kind = ipywidgets.IntSlider if isinstance(step, int) else ipywidgets.FloatSlider
+    return kind(value, min=low, max=high, step=step, description=name, **LOOK)
+
+def choice_of(name: str, options: list[str], value: str="") -> ipywidgets.Widget:
+    "One of several words."
+    wide = dict(style=LOOK["style"], layout=LOOK["layout"])
+    return ipywidgets.Dropdown(options=list(options), value=value or options[0], description=name, **wide)
+
+class Explore:
+    "Controls over `draw(**what they say) -> Figure`; its traces keep their number and kinds."
+    def __init__(self, draw: Callable[..., go.Figure], **controls: ipywidgets.Widget):
+        if not 1 <= len(controls) <= 4:
+            raise ValueError(f"{len(controls)} controls; a picture has one to four, or nobody knows what moved it")
+        self.draw, self.controls = draw, controls
+        self.figure = go.FigureWidget(draw(**self.says()))
+        for control in controls.values(): control.observe(self.move, "value")
+        flow = ipywidgets.Layout(flex_flow="row wrap")
+        self.view = ipywidgets.VBox([ipywidgets.HBox([*controls.values()], layout=flow), self.figure])
+
+    def says(self) -> dict[str, object]:
+        "What the controls say."
+        return {name: control.value for name, control in self.controls.items()}
+
+    def move(self, change=None) -> None:
+        "Controls -> figure: the data of every trace, and the layout's texts."
+        new = self.draw(**self.says())
+        if len(new.data) != len(self.figure.data):
+            raise ValueError(f"draw gave {len(new.data)} traces, before it gave {len(self.figure.data)}")
+        with self.figure.batch_update():
+            for old, trace in zip(self.figure.data, new.data, strict=True): old.update(trace.to_plotly_json())
+            self.figure.layout.title.text = new.layout.title.text
+            notes = zip(self.figure.layout.annotations, new.layout.annotations, strict=True)
+            for old, note in notes: old.update(text=note.text, x=note.x, y=note.y)
+            for name in ("xaxis", "yaxis"):
+                if new.layout[name].range is not None: self.figure.layout[name].range = new.layout[name].range
+
+    def _repr_mimebundle_(self, **kwargs):
+        still = {"application/vnd.plotly.v1+json": json.loads(self.figure.to_json())}
+        return still | self.view._repr_mimebundle_(**kwargs)
