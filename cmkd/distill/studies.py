@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELLED', 'PLAIN', 'HARD', 'SILENT', 'SCRATCH', 'DEPTH', 'EARLY', 'ROWS', 'COUNTS', 'TABLES', 'HEAD_ALONE',
-           'RELEASED', 'OVERLAP', 'LONGER', 'CONTROLS', 'STREETS', 'twice', 'amounts', 'scheduled', 'rows', 'draw']
+           'RELEASED', 'OVERLAP', 'LONGER', 'CONTROLS', 'STREETS', 'twice', 'amounts', 'scheduled', 'rows', 'draw',
+           'start_from']
 
 # %% ../../nbs/5_methods/56_distill.studies.ipynb #ab4bf229
 from ..config import choice
@@ -91,8 +92,13 @@ def rows(table: str, start: MonoConfig, controls: bool=False) -> dict[str, MonoC
 
 STREETS = 100   # from one draw's street to the next
 
-def draw(cfg: MonoConfig, k: int) -> MonoConfig:
-    "The k-th draw of an experiment: other weights, another order; on the embedded street another teacher and street."
+def draw(cfg: MonoConfig, k: int, folder: bool=False) -> MonoConfig:
+    "The k-th draw: other weights, another order; on the embedded streets another teacher, and unless in a folder, street."
     if cfg.data.kind != "world": return cfg.override(f"seed={cfg.seed + k}")
-    street, teacher = cfg.data.world + STREETS*k, cfg.teacher.seed + k
+    street, teacher = cfg.data.world + STREETS*k*(not folder), cfg.teacher.seed + k
     return cfg.override(f"seed={cfg.seed + k}", f"teacher.seed={teacher}", f"data.world={street}")
+
+def start_from(name: str, scale: str, data: str, changes: list[str]) -> MonoConfig:
+    "A recipe with changes; frames that nobody labelled bring their schedule with them, however they were asked for."
+    named = [v.strip() for k, _, v in (c.partition("=") for c in changes) if k.strip() == "data.unlabelled"]
+    return recipe(name, scale, data, named[-1] if named else "").override(*changes)

@@ -90,7 +90,8 @@ def bill(books: list[Path], experiment: Experiment, rows: Rows) -> str:
     start = experiment.config()
     there = [t for t in TABLES if any(book.stem.startswith((f"cmkd_{t}", "cmkd_claims")) for book in books)]
     draws = rows.draws or throws(start.scale)
-    jobs = [cfg for key in there for cfg in asked(key, start, draws, rows.controls).values()]
+    where = experiment.data is not None
+    jobs = [cfg for key in there for cfg in asked(key, start, draws, rows.controls, where).values()]
     return foretold(jobs, root()/"results"/"runs", start.scale) if jobs else ""
 
 # %% ../../nbs/7_doors/74_doors.tables.ipynb #c0a09312

@@ -36,20 +36,23 @@ def throws(scale: str) -> int:
     "How many draws a published row rests on."
     return 3 if scale == "mini" else 1
 
-def asked(table: str, start: Config, draws: int, controls: bool=False) -> dict[tuple[str, int], Config]:
-    "{(row, draw): config} of the students of a table."
+def asked(
+    table: str, start: Config, draws: int, controls: bool=False, folder: bool=False
+) -> dict[tuple[str, int], Config]:
+    "{(row, draw): config} of the students of a table; in a `folder` all draws share its frames."
     several = {row: cfg for row, cfg in rows(table, start, controls).items() if cfg is not None}
-    return {(row, k): draw(cfg, k) for (row, cfg), k in product(several.items(), range(draws))}
+    return {(row, k): draw(cfg, k, folder) for (row, cfg), k in product(several.items(), range(draws))}
 
 def study(
     table: str, start: Config, data=None, draws: int=1, controls: bool=False, workers: int=0, store=None
 ) -> Study:
     "The runs of a table: loaded, or made. `data` is a folder of frames; default: the embedded streets."
-    jobs = asked(table, start, draws, controls)
+    folder = data is not None
+    jobs = asked(table, start, draws, controls, folder)
     made = fit_all([(cfg, "student") for cfg in jobs.values()], data, store, workers)
     runs = {row: [] for row in rows(table, start, controls)}
     for (row, _), run in zip(jobs, made, strict=True): runs[row].append(run)
-    teachers = fit_all([(draw(start, k), "teacher") for k in range(draws)], data, store, workers)
+    teachers = fit_all([(draw(start, k, folder), "teacher") for k in range(draws)], data, store, workers)
     return Study(table, start, runs, teachers)
 
 # %% ../../nbs/6_ledger/68_ledger.study.ipynb #41e97c78
@@ -112,7 +115,8 @@ def opening(made: Study, found: DataFrame) -> str: # Markdown
     known = found[found.verdict != ""]
     worth = "; ".join(f"{c.claim.rstrip('.').lower()}: {signed(c.ours)} AP" for c in known.itertuples())
     half = (known.high - known.low)/2
-    what = "of weights, order, teacher and street" if made.start.data.kind == "world" else "of weights and order"
+    worlds = {run.record["config"].get("data.world") for several in made.runs.values() for run in several}
+    what = "of weights, order, teacher and street" if len(worlds) > 1 else "of weights and order on one set of frames"
     sure = (f"{tally(found)}; the 95 % intervals rest on {draws} draws {what}, and reach {half.min():.1f} to "
             f"{half.max():.1f} AP to either side") if len(known) else tally(found)
     against = [c.claim.rstrip(".") for c in known[known.verdict.isin(["the opposite", "excluded"])].itertuples()]
