@@ -180,7 +180,7 @@ def test_a_street_is_known_by_its_number(folder, tmp_path, monkeypatch):
     "A record about it stands without its frames; one that is missing renders them; other data is asked for by folder."
     cfg = recipe(scale="smoke")
     asked = []
-    monkeypatch.setattr(runs_room, "world", lambda scale, progress, seed: asked.append((scale, seed)) or folder)
+    monkeypatch.setattr(runs_room, "world", lambda scale, seed, **_: asked.append((scale, seed)) or folder)
     monkeypatch.setattr(runs_room, "open_sets", lambda data, root, progress: open_sets(cfg.override(*SHORT).data, root))
     short = cfg.override("teacher_stage.steps=1", "teacher_stage.batch=2")
     run = runs_room.fit_or_load(short, "teacher", store=tmp_path, progress=False)
