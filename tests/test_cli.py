@@ -39,8 +39,8 @@ OPTIONS = {   # every option of every command
     "submit": {"RUN", "--data", "--out"},
     "convert": {"PATH", "--to-released", "--out", "--set"},
     "export": {"--weights", "--onnx", "--size"},
-    "table": {"NAME", "--draws", "--controls", "--workers"},
-    "run": {"--draws", "--controls", "--workers"},
+    "table": {"NAME", "--draws", "--controls", "--workers", "--as-is"},
+    "run": {"--draws", "--controls", "--workers", "--as-is"},
     "bench": {"NAME", "--repeats", "--labels", "--ids", "--before"},
 }
 EXPERIMENT = {"--method", "--recipe", "--scale", "--data", "--unlabelled", "--set"}

@@ -16,7 +16,7 @@ from cmkd.evaluate.metrics import METRICS, ap_record, kitti_ap, kitti_draws
 from cmkd.layers.head_loss import detection_loss
 from cmkd.ledger import runs as runs_room
 from cmkd.ledger.claims import answered, beside, key_of, read_claims, terms
-from cmkd.ledger.record import Run
+from cmkd.ledger.record import Run, run_name
 from cmkd.ledger.statistics import Contrast, over_frames, verdict
 from cmkd.ledger.study import study
 from cmkd.methods import hash_of, recipe, role_of
@@ -86,6 +86,9 @@ def test_a_study_asks_for_each_row_and_draw_once(monkeypatch):
     students, teachers = ask.jobs
     assert len(students) == 18 and {s[:3] for s in students} == {(0, 0, 1), (1, 1, 101), (2, 2, 201)}
     assert [t[1:] for t in teachers] == [(0, 1, "teacher"), (1, 101, "teacher"), (2, 201, "teacher")]
+    monkeypatch.setattr("cmkd.ledger.study.stands", lambda place, name, weights: name == run_name(MINI, "student"))
+    there = study("t04", MINI, draws=3, as_is=True)
+    assert [len(v) for v in there.runs.values()] == [0, 0, 0, 0, 0, 1] and there.teachers == [], "the rest is dashes"
     few = study("t04", MINI.override("data.unlabelled="), draws=1)
     assert few.runs["Pre + Feat + Res + Un"] == [] and len(few.runs["Pre + Feat + Res"]) == 1
 

@@ -93,7 +93,7 @@ def rows(table: str, start: MonoConfig, controls: bool=False) -> dict[str, MonoC
 STREETS = 100   # from one draw's street to the next
 
 def draw(cfg: MonoConfig, k: int, folder: bool=False) -> MonoConfig:
-    "The k-th draw: other weights and order; on the embedded streets another teacher, and but in a folder another street."
+    "The k-th draw: other weights and order; on the embedded streets another teacher and, but in a folder, street."
     if cfg.data.kind != "world": return cfg.override(f"seed={cfg.seed + k}")
     street, teacher = cfg.data.world + STREETS*k*(not folder), cfg.teacher.seed + k
     return cfg.override(f"seed={cfg.seed + k}", f"teacher.seed={teacher}", f"data.world={street}")

@@ -38,7 +38,7 @@ def notebook_of(name: str) -> Path:
     return there[0]
 
 # %% ../../nbs/7_doors/74_doors.tables.ipynb #4ab1f68b
-USUAL = dict(method="cmkd", draws=0, controls=False, workers=0, overrides=[])   # what is not asked for
+USUAL = dict(method="cmkd", draws=0, controls=False, workers=0, as_is=False, overrides=[])   # what is not asked for
 
 def wanted(experiment: Experiment, names, **more) -> dict: # parameter -> value
     "What a table notebook that declares `names` is asked for."
@@ -77,10 +77,12 @@ class Rows:
         draws: so many throws of the dice a row: weights, order, teacher and street (0: three at mini, else one)
         controls: also run the control rows, which the paper does not have
         workers: runs side by side, a process each; the numbers are the same (0: one a core)
+        as_is: make nothing; what was not run is a dash
     """
     draws: From0 = 0
     controls: bool = False
     workers: From0 = 0
+    as_is: bool = False
 
 # %% ../../nbs/7_doors/74_doors.tables.ipynb #35b88f0f
 def bill(books: list[Path], experiment: Experiment, rows: Rows) -> str:
@@ -113,7 +115,7 @@ def table(
     books = sorted((root()/"nbs"/"tables").glob("cmkd_*.ipynb")) if name == "all" else [notebook_of(name)]
     options = {book: {k: v for k, v in vars(rows).items() if name != "all" or k in declared(book)} for book in books}
     for book, some in options.items(): refused(book, experiment, **some)
-    if told := bill(books, experiment, rows): print(told, file=sys.stderr, flush=True)
+    if not rows.as_is and (told := bill(books, experiment, rows)): print(told, file=sys.stderr, flush=True)
     for book, some in options.items():
         out = made(book, experiment, **some)
         print(f"{printed(out)}\n\nexecuted notebook: {out}\n")

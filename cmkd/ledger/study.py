@@ -9,6 +9,7 @@ __all__ = ['Study', 'throws', 'asked', 'study', 'printed', 'changes', 'facing', 
 # %% ../../nbs/6_ledger/68_ledger.study.ipynb #3550eb61
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import pandas as pd
 from pandas import DataFrame
@@ -16,9 +17,10 @@ from pandas import DataFrame
 from ..config import Config
 from ..distill.studies import draw, rows
 from ..evaluate.kitti import THRESHOLDS
+from ..files import root
 from .claims import answered, beside, read_claims, tally
 from .record import Run, run_name
-from .runs import fit_all
+from .runs import fit_all, stands
 from .statistics import ap_grid, side_by_side
 from .tables import COLUMNS, headline, paper_rows, pick, rows as long_rows
 from ..reading import read_json
@@ -44,16 +46,26 @@ def asked(
     return {(row, k): draw(cfg, k, folder) for (row, cfg), k in product(several.items(), range(draws))}
 
 def study(
-    table: str, start: Config, data=None, draws: int=1, controls: bool=False, workers: int=0, store=None
+    table: str,
+    start: Config,
+    data=None,             # folder of the frames; default: the embedded streets
+    draws: int=1,
+    controls: bool=False,
+    workers: int=0,
+    as_is: bool=False,     # make nothing: what was not run is a dash
+    store=None,            # of the runs; default: results/runs
 ) -> Study:
-    "The runs of a table: loaded, or made. `data` is a folder of frames; default: the embedded streets."
+    "The runs of a table: loaded, or made."
     folder = data is not None
     jobs = asked(table, start, draws, controls, folder)
+    place = Path(store or root()/"results"/"runs")
+    there = lambda cfg, role: not as_is or stands(place, run_name(cfg, role), False)
+    jobs = {at: cfg for at, cfg in jobs.items() if there(cfg, "student")}
     made = fit_all([(cfg, "student") for cfg in jobs.values()], data, store, workers)
     runs = {row: [] for row in rows(table, start, controls)}
     for (row, _), run in zip(jobs, made, strict=True): runs[row].append(run)
-    teachers = fit_all([(draw(start, k, folder), "teacher") for k in range(draws)], data, store, workers)
-    return Study(table, start, runs, teachers)
+    taught = [cfg for k in range(draws) if there(cfg := draw(start, k, folder), "teacher")]
+    return Study(table, start, runs, fit_all([(cfg, "teacher") for cfg in taught], data, store, workers))
 
 # %% ../../nbs/6_ledger/68_ledger.study.ipynb #41e97c78
 def printed(table: str) -> DataFrame: # long rows, as of `tables.paper_rows`; none where the paper has a figure
