@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Study', 'throws', 'asked', 'study', 'printed', 'changes', 'facing', 'answers', 'numbers', 'shares', 'signed',
-           'opening', 'foretold']
+           'opening', 'foretold', 'published']
 
 # %% ../../nbs/6_ledger/68_ledger.study.ipynb #3550eb61
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ import pandas as pd
 from pandas import DataFrame
 
 from ..config import Config
-from ..distill.studies import draw, rows
+from ..distill.studies import draw, rows, start_from
 from ..evaluate.kitti import THRESHOLDS
 from ..files import root
 from .claims import answered, beside, read_claims, tally
-from .record import Run, run_name
+from .record import Run, command, load, run_name
 from .runs import fit_all, stands
 from .statistics import ap_grid, side_by_side
 from .tables import COLUMNS, headline, paper_rows, pick, rows as long_rows
@@ -149,3 +149,13 @@ def foretold(jobs: list[Config], store, of_scale: str) -> str: # one line
     mean = sum(c["train_cpu_seconds"] + c["evaluate_cpu_seconds"] for c in spent)/len(spent) if spent else 0
     about = f"about {len(missing)*mean/60:.0f} CPU minutes, as {len(spent)} others took" if spent else "at unknown cost"
     return f"{len(names)} students, {len(missing)} of them to be made: {about}, and a teacher a draw"
+
+# %% ../../nbs/6_ledger/68_ledger.study.ipynb #788dcbe1
+def published(table: str="", row: str="") -> Run: # without a row: the teacher
+    "A run of the first draw of scale `mini` whose weights come with the workbook."
+    cfg, role = start_from("paper", "mini", "world", []), "student" if row else "teacher"
+    if row: cfg = rows(table, cfg)[row]
+    folder = root()/"results"/"runs"/run_name(cfg, role)
+    run = load(folder)
+    if run is None: raise FileNotFoundError(f"{folder}: not here; make it with: {command(cfg, role)}")
+    return run
