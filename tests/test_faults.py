@@ -112,7 +112,7 @@ def test_a_tilde_is_a_home(word, meant):
 
 
 NOTHING = (
-    "table cmkd_t04 --seeds 0",
+    "table cmkd_t04 --draws -1",
     "table cmkd_t04 --workers -1",
     "world a --frames 0",
     "world a --workers 0",

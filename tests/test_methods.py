@@ -263,6 +263,8 @@ BESIDE = {
     "data.val_frames",
     "data.unlabelled",
     "data.unlabelled_frames",
+    "data.teacher",
+    "data.depth",
 }
 # read, and of no effect: the method finds the role, checkpoints change no number, weights to begin with are not read
 # where there are none, and a teacher's pictures are resized although it never looks at them

@@ -43,7 +43,7 @@ def assigned(source: str, path) -> dict[str, object]:
         target = node.targets[0] if alone else getattr(node, "target", None)
         try: out[target.id] = ast.literal_eval(node.value)
         except (AttributeError, ValueError, TypeError):
-            told = f"a parameter cell holds only 'name = literal' lines, not: {ast.unparse(node)}"
+            told = f"a parameter cell holds only 'name = literal' lines, not: {ast.unparse(node)}; move it out"
             raise ValueError(f"{path}: {told}") from None
     return out
 

@@ -185,7 +185,8 @@ def targets(folder: Path) -> list:
     run = folder / source.name
     shutil.copytree(source, run)
     out.append(Target("record", run / "record.json", lambda: load(run).record, sealed=True))
-    ap = next(run.glob("ap-*.json"))
+    ap, record = run / "ap-other.json", load(run).record
+    write_sealed(ap, {k: record[k] for k in ("ap", "objects", "draws")} | dict(split="other"))
     out.append(Target("ap", ap, lambda: read_sealed(ap, "delete it"), sealed=True))
     cfg = load(run).config
     role = role_of(cfg, "teacher")
