@@ -347,10 +347,11 @@ def save(
     path,                             # without suffix
     data: DataFrame | None=None,      # the numbers behind the figure
 ) -> Saved:
-    "Write a figure, its data and its picture, each whole or not at all."
-    name = lambda suffix: Path(f"{path}.{suffix}")
-    with atomic(name("json")) as t: t.write_text(fig.to_json() + "\n")
+    "Write a figure, its data and its picture, each whole or not at all; the picture of the same figure stays."
+    name, text = lambda suffix: Path(f"{path}.{suffix}"), fig.to_json() + "\n"
+    drawn = name("png").exists() and name("json").exists() and name("json").read_text() == text
+    with atomic(name("json")) as t: t.write_text(text)
     if data is not None:
         with atomic(name("csv")) as t: data.to_csv(t, index=False)
-    note = save_png(fig, name("png"))
+    note = "" if drawn else save_png(fig, name("png"))
     return Saved(name("json"), name("csv") if data is not None else None, None if note else name("png"), note)

@@ -5,6 +5,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
 
+from cmkd import draw
 from cmkd.core import Boxes, Frame, Pinhole, View
 from cmkd.draw import COLOURS, MOST, clip_near, draw_3d, draw_bev, draw_frame, draw_image, draw_map, png_uri, save
 from cmkd.geometry import Grid
@@ -145,3 +146,13 @@ def test_an_older_picture_does_not_stay_beside_new_numbers(tmp_path, monkeypatch
     (tmp_path / "f.png").write_bytes(b"of other numbers")
     assert save(draw_bev(np.zeros((3, 4))), tmp_path / "f").png is None
     assert not (tmp_path / "f.png").exists()
+
+
+def test_a_picture_of_the_same_figure_stays(tmp_path, monkeypatch):
+    "Where nobody can draw it anew, what is published must not go because a table was read again."
+    fig = draw.bars(["a"], [1.], "one")
+    draw.save(fig, tmp_path/"f")
+    (tmp_path/"f.png").write_bytes(b"drawn")
+    monkeypatch.setattr(draw, "save_png", lambda fig, path: path.unlink(missing_ok=True) or "no png")
+    assert draw.save(fig, tmp_path/"f").png and (tmp_path/"f.png").read_bytes() == b"drawn"
+    assert not draw.save(draw.bars(["a"], [2.], "two"), tmp_path/"f").png and not (tmp_path/"f.png").exists()
