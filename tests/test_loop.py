@@ -140,9 +140,28 @@ def test_a_checkpoint_of_the_last_version_goes_on(through, golden, tmp_path):
     folder, whole = through
     shutil.copy(golden / "form1" / "checkpoint.pt", tmp_path)
     again = Toy(tmp_path, every=0.0)
-    losses = [[r["loss"] for r in t.at.rows] for t in (whole, again)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2), "another machine wrote it: other bits, the same training"
     assert again.seen == whole.seen[5:]
+    saved = cut_off(with_form1(tmp_path / "read", golden))
+    told = torch.load(golden / "form1" / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(v, told["learner"][k]) for k, v in saved.learner.items()) and len(told["learner"]) > 4
+    learner = Learner(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 1)))
+    learner.load_state_dict(saved.learner)
+    adam = optimiser(learner, Stage(lr=0.05))
+    restore_optimiser(adam, saved)
+    (tmp_path / "form2").mkdir()
+    save_checkpoint(tmp_path / "form2" / CHECKPOINT, saved.progress, learner, adam)
+    other = Toy(tmp_path / "form2", every=0.0)
+    for (k, a), b in zip(again.net.state_dict().items(), other.net.state_dict().values(), strict=True):
+        assert torch.equal(a, b), f"{k}: as the same state in today's form goes on, bit by bit"
+    losses = [[r["loss"] for r in t.at.rows] for t in (whole, again)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2), "and, from another machine's bits, as this run"
+
+
+def with_form1(folder, golden):
+    "A folder with the checkpoint of version 1."
+    folder.mkdir()
+    shutil.copy(golden / "form1" / "checkpoint.pt", folder)
+    return folder
 
 
 def test_moments_lie_as_their_parameters_do(tmp_path):

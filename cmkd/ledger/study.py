@@ -125,7 +125,8 @@ def opening(made: Study, found: DataFrame) -> str: # Markdown
     if scale == "smoke": return "Scale `smoke` proves that everything runs; its numbers mean nothing."
     if draws < 2: return "One draw has no interval, so nothing can be said yet; ask for more with `--draws 3`."
     known = found[found.verdict != ""]
-    worth = "; ".join(f"{c.claim.rstrip('.').lower()}: {signed(c.ours)} AP" for c in known.itertuples())
+    lower, upper = (lambda text: text[:1].lower() + text[1:]), (lambda text: text[:1].upper() + text[1:])
+    worth = "; ".join(f"{lower(c.claim.rstrip('.'))}: {signed(c.ours)} AP" for c in known.itertuples())
     half = (known.high - known.low)/2
     worlds = {run.record["config"].get("data.world") for several in made.runs.values() for run in several}
     what = "of weights, order, teacher and street" if len(worlds) > 1 else "of weights and order on one set of frames"
@@ -135,8 +136,8 @@ def opening(made: Study, found: DataFrame) -> str: # Markdown
     open_ = [c.claim.rstrip(".") for c in known[known.verdict == "undecided"].itertuples()]
     parts = [f"paper and workbook disagree on *{'*; *'.join(against)}*" if against else "nothing contradicts the paper"]
     if open_: parts.append(f"undecided remains *{'*; *'.join(open_)}*")
-    first = f"**What the parts are worth** (paper's claim: our difference). {worth[:1].upper() + worth[1:]}."
-    return f"{first}\n\n**How sure.** {sure}.\n\n**Where they disagree.** {'; '.join(parts).capitalize()}."
+    first = f"**What the parts are worth** (paper's claim: our difference). {upper(worth)}."
+    return f"{first}\n\n**How sure.** {sure}.\n\n**Where they disagree.** {upper('; '.join(parts))}."
 
 # %% ../../nbs/6_ledger/68_ledger.study.ipynb #b7402d06
 def foretold(jobs: list[Config], store, of_scale: str) -> str: # one line
