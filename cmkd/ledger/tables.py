@@ -181,7 +181,7 @@ def dots(
         values = table[column].dropna()
         top = values.max() if len(values) else 1.
         fig.update_xaxes(title=label, range=[0, max(1., top*1.2)], row=1, col=j)
-    fig.update_yaxes(categoryorder="array", categoryarray=lines[::-1], range=[-.6, len(lines) - .3])
+    fig.update_yaxes(categoryorder="array", categoryarray=lines[::-1], range=[-.6, len(lines) - .3], automargin=True)
     size = dict(width=900, height=140 + 56*len(lines), margin=dict(l=180, t=90))
     return fig.update_layout(template=TEMPLATE, title=title, **size)
 
