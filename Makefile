@@ -46,5 +46,4 @@ tools: $(STAMP)
 
 # What was made: the environment, rendered frames, smoke runs, executed notebooks. Published results stay.
 clean:
-	rm -rf .venv data build dist cmkd.egg-info .pytest_cache results/executed results/detections results/runs/smoke-*
-	rm -f results/tables/*smoke* results/figures/*smoke*
+	rm -rf .venv data build dist cmkd.egg-info .pytest_cache results/executed results/detections results/mine results/runs/smoke-*

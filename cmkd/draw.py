@@ -346,12 +346,14 @@ def save(
     fig: go.Figure,
     path,                             # without suffix
     data: DataFrame | None=None,      # the numbers behind the figure
+    picture: Path | None=None,        # where its PNG goes; default: beside it
 ) -> Saved:
     "Write a figure, its data and its picture, each whole or not at all; the picture of the same figure stays."
     name, text = lambda suffix: Path(f"{path}.{suffix}"), fig.to_json() + "\n"
-    drawn = name("png").exists() and name("json").exists() and name("json").read_text() == text
+    png = picture or name("png")
+    drawn = png.exists() and name("json").exists() and name("json").read_text() == text
     with atomic(name("json")) as t: t.write_text(text)
     if data is not None:
         with atomic(name("csv")) as t: data.to_csv(t, index=False)
-    note = "" if drawn else save_png(fig, name("png"))
-    return Saved(name("json"), name("csv") if data is not None else None, None if note else name("png"), note)
+    note = "" if drawn else save_png(fig, png)
+    return Saved(name("json"), name("csv") if data is not None else None, None if note else png, note)

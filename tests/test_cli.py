@@ -25,7 +25,7 @@ from cmkd.world.rays import WorldConfig
 from cmkd.world.write import WORLDS, write
 
 COMMANDS = ("doctor", "world", "split-leaks", "train", "memory", "evaluate", "detect", "submit", "convert", "export",
-            "table", "run", "bench")
+            "table", "publish", "run", "bench")
 CAR = "Car 0.00 0 1.85 387.63 181.54 423.81 233.12 1.67 1.87 3.69 -16.53 2.39 28.49 1.57"
 OPTIONS = {   # every option of every command
     "doctor": {"PATH", "--out"},
@@ -41,7 +41,8 @@ OPTIONS = {   # every option of every command
     "export": {"--weights", "--onnx", "--size"},
     "table": {"NAME", "--draws", "--controls", "--workers", "--as-is"},
     "run": {"--draws", "--controls", "--workers", "--as-is"},
-    "bench": {"NAME", "--repeats", "--labels", "--ids", "--before"},
+    "publish": {"NAME", "--data", "--workers", "--as-is"},
+    "bench": {"NAME", "--repeats", "--labels", "--ids", "--before", "--publish"},
 }
 EXPERIMENT = {"--method", "--recipe", "--scale", "--data", "--unlabelled", "--set"}
 
@@ -125,6 +126,7 @@ def test_help_imports_no_network(words):
     (("convert", "--to-released", "/nowhere", "--out", "/tmp/x.pth"), "cmkd train"),
     (("convert", "--to-released", "/nowhere", "--out", "/tmp/x.pth", "--set", "seed=1"), "has its config"),
     (("table", "cmkd_t99"), "cmkd_t04_both_distillations"),
+    (("table", "paper_vs_relaese"), "did you mean paper_vs_release"),
     (("table", "cmkd_t04", "--data", "/nowhere"), "cmkd doctor /nowhere"),
     (("table", "cmkd_t04", "--method", "hint"), "declares no parameter method"),
 ])
@@ -224,18 +226,19 @@ def test_bench_names_ids_without_labels(tmp_path, capsys):
 
 def test_bench_keeps_the_machine_and_the_probe(tmp_path, capsys, monkeypatch):
     "The file says what made it and what a fixed convolution cost then; the print is the numbers alone."
-    from cmkd.doors import tables
-    monkeypatch.setattr(tables, "root", lambda: tmp_path)
+    from cmkd.ledger import pages
+    monkeypatch.setattr(pages, "root", lambda: tmp_path)
     labels = tmp_path/"label_2"
     labels.mkdir()
     for i in range(2): (labels/f"{i:06d}.txt").write_text(CAR + "\n")
     (tmp_path/"ids").write_text("000001\n")
     code, out, _ = run(capsys, "bench", "evaluate", "--labels", labels, "--ids", tmp_path/"ids", "--repeats", 1)
-    text = (tmp_path/"results"/"bench"/"evaluate.csv").read_text()
+    text = (tmp_path/"results"/"mine"/"bench"/"evaluate.csv").read_text()
     assert code == 0 and "one thread of" in out and "probe_fp32" not in out
     head = text.splitlines()[0].split(",")
     assert {"part", "cpu_median", "cpu", "threads", "torch", "command", "probe_fp32", "probe_bf16"} <= set(head)
     assert "cmkd bench evaluate --repeats 1 --labels label_2 --ids ids" in text
+    assert not (tmp_path/"results"/"bench").exists(), "what is published stays"
 
 
 def test_evaluate_tells_what_is_lost(golden, tmp_path, capsys):

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -321,6 +322,24 @@ def test_a_published_record_is_never_written_over(toy, monkeypatch):
     student = toy()
     assert student.record["parents"]["teacher"]["weights_sha256"] == again.record["weights_sha256"]
     assert toy().record == student.record
+
+
+def test_a_deleted_record_comes_back_as_it_was_published(toy):
+    "Made again with the same weights and numbers, git's record stands: nothing is changed in git's eyes."
+    run = toy(role="teacher")
+    git = lambda *words: subprocess.run(["git", "-C", run.folder.parent, *words], check=True, capture_output=True, text=True)
+    git("init", "-q")
+    git("add", "--force", f"{run.name}/record.json")
+    git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "published")
+    kept = (run.folder / "record.json").read_bytes()
+    shutil.rmtree(run.folder)
+    assert toy(role="teacher").record == run.record and (run.folder / "record.json").read_bytes() == kept
+    assert not git("status", "--porcelain", "-uno").stdout
+    (run.folder / "record.json").unlink()
+    write_sealed(run.folder / "record.json", {**run.record, "ap": {"Car/3D/R40/0.5/moderate": 1.0}})
+    git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qam", "other numbers")
+    shutil.rmtree(run.folder)
+    assert toy(role="teacher").record["ap"] == run.record["ap"], "other numbers are not dressed as the published ones"
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,12 @@ def test_a_study_asks_for_each_row_and_draw_once(monkeypatch):
     monkeypatch.setattr("cmkd.ledger.study.stands", lambda place, name, weights: name == run_name(MINI, "student"))
     there = study("t04", MINI, draws=3, as_is=True)
     assert [len(v) for v in there.runs.values()] == [0, 0, 0, 0, 0, 1] and there.teachers == [], "the rest is dashes"
+    control = rows("t04", MINI, controls=True)["Pre + head"]
+    monkeypatch.setattr("cmkd.ledger.study.stands", lambda place, name, weights: name == run_name(control, "student"))
+    ask.jobs.clear()
+    shown = study("t04", MINI, draws=1)
+    assert list(shown.runs) == [*rows("t04", MINI), "Pre + head"], "a control is shown where it is, and not made"
+    assert len(ask.jobs[0]) == 7 and len(study("t04", MINI, draws=1, controls=True).runs) == 18
     few = study("t04", MINI.override("data.unlabelled="), draws=1)
     assert few.runs["Pre + Feat + Res + Un"] == [] and len(few.runs["Pre + Feat + Res"]) == 1
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 
 from cmkd.data.sets import Data
 from cmkd.files import root
-from cmkd.ledger import notebooks, tables
+from cmkd.ledger import notebooks, pages, tables
 from cmkd.ledger.claims import answered, read_claims
 from cmkd.ledger.record import Run, load
 from cmkd.ledger.statistics import additive, ap_grid, compared, half_width, holm, per_class, side_by_side, summary
@@ -124,11 +125,12 @@ def test_classes_stand_as_the_rows_name_them():
 
 def test_smoke_is_never_published(tmp_path):
     long = tables.rows(dict(base=[fake(0, 1., "smoke")]), "t04")
-    with pytest.raises(ValueError, match="never published"): tables.save_table("cmkd_t04-mini", long, folder=tmp_path)
-    name = tables.saved_name("cmkd_t04", recipe(scale="smoke"))
-    assert "smoke" in tables.save_table(name, long, folder=tmp_path).name
+    with pytest.raises(ValueError, match="never published"): pages.save_table("cmkd_t04-mini", long, folder=tmp_path)
+    name = pages.saved_name("cmkd_t04", recipe(scale="smoke"))
+    assert "smoke" in pages.save_table(name, long, folder=tmp_path).name
     assert tables.banner("smoke") and not tables.banner("mini")
-    published = [p for p in (root()/"results"/"tables").glob("*.csv") if "smoke" not in p.name]
+    published = [*(root()/"results"/"tables").glob("*.csv")]
+    assert published and not [p.name for p in published if "smoke" in p.name]
     for p in published:
         frame = pd.read_csv(p, dtype=str)
         assert "scale" not in frame or "smoke" not in frame["scale"].tolist(), p.name
@@ -138,8 +140,30 @@ def test_names_tell_what_is_not_usual():
     "Two experiments never share a file."
     cfg = recipe(scale="mini")
     others = (replace(cfg, data=Data()), recipe("hint", scale="mini"), recipe(name="release", scale="mini"), recipe())
-    names = [tables.saved_name("t", c) for c in (cfg, *others)] + [tables.saved_name("t", cfg, ("seed=1",))]
+    names = [pages.saved_name("t", c) for c in (cfg, *others)] + [pages.saved_name("t", cfg, ("seed=1",))]
+    names += [pages.saved_name("t", cfg, **asked) for asked in (dict(draws=2), dict(draws=3), dict(controls=True))]
     assert names[0] == "t-mini" and len(set(names)) == len(names)
+    assert pages.saved_name("t", cfg, draws=0, controls=False) == "t-mini"
+
+
+def test_a_reader_never_writes_where_what_is_published_lies(tmp_path, monkeypatch):
+    "Whatever was asked for goes to results/mine; the published place takes the usual settings alone."
+    monkeypatch.setattr(pages, "root", lambda: tmp_path)
+    cfg, long = recipe(scale="mini"), tables.rows(dict(base=[fake(0, 1.)]), "t04")
+    for asked in (dict(), dict(draws=5), dict(controls=True)):
+        mine = pages.pages("t", cfg, **asked)
+        page = mine.page("T", "words", tables.Shown(long[["value"]]))
+        wrote = [mine.table(long), mine.figure(go.Figure()).json, page]
+        assert all(p.is_relative_to(tmp_path/"results"/"mine") and p.exists() for p in wrote)
+    for bad in (dict(draws=5), dict(controls=True), dict(overrides=("seed=1",))):
+        with pytest.raises(ValueError, match="only the usual settings are published"):
+            pages.pages("t", cfg, publish=True, **bad)
+    with pytest.raises(ValueError, match="never smoke"): pages.pages("t", recipe(scale="smoke"), publish=True)
+    assert sorted(p.name for p in (tmp_path/"results").iterdir()) == ["mine"]
+    published = pages.pages("t", cfg, publish=True).page("T", "a *word*", tables.Shown(long[["value"]], "Title"))
+    page = (tmp_path/"results"/"published"/"t-mini.html").read_text()
+    assert published.parent.name == "tables" and "<em>word</em>" in page and "Title" in page
+    assert "src=\"http" not in page and "href" not in page, "one file, without a network"
 
 
 def aps_of(run: Run, split: str) -> dict:

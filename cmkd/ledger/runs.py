@@ -10,6 +10,7 @@ __all__ = ['REMADE', 'judge', 'judged_on', 'manifests', 'learned', 'same_data', 
 # %% ../../nbs/6_ledger/63_ledger.runs.ipynb #2eee41b2
 import os
 import shutil
+import subprocess
 import sys
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +28,7 @@ from ..data.sets import Sets, open_sets, told
 from ..distill.released import load_converted
 from ..evaluate.metrics import METRICS, ap_record
 from ..files import locked, root
-from .record import Made, Run, described, load, parents, run_name, utc
+from .record import Made, Run, described, in_git, load, parents, run_name, utc
 from .spent import add_sessions, measured
 from ..machine import pool
 from ..methods import role_of
@@ -189,8 +190,12 @@ def begun_from(folder: Path, sources: dict) -> None:
     write_sealed(note, sources)
 
 def adopted(made: Path, named: Path) -> Run:
-    "A run made again for its weights: under its name if they are those of the record there, else where it was made."
+    "A run made again: under its name if its weights are those of the record there, else where it was made."
     new, old = load(made), load(named)
+    kept = in_git(named) if made == named else None    # its record was deleted: the same numbers, the same record
+    if kept and all(kept[k] == new.record[k] for k in ("weights_sha256", "ap")):
+        subprocess.run(["git", "-C", str(named), "checkout", "-q", "HEAD", "--", "."], check=True)
+        return load(named)
     if made == named or new.record["weights_sha256"] != old.record["weights_sha256"]: return new
     os.replace(made/"weights.safetensors", named/"weights.safetensors")
     shutil.rmtree(made)

@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'NUMBERS', 'DIFFICULTIES', 'DASH', 'NOTE', 'STAGES', 'COSTS', 'paper_rows', 'dataset_name', 'rows_of',
            'rows', 'pick', 'headline', 'cell', 'Shown', 'as_text', 'as_html', 'banner', 'dot_lines', 'dots', 'length',
-           'schedule', 'costs', 'traced', 'provenance', 'ap_table', 'saved_name', 'save_table', 'as_markdown',
-           'save_page']
+           'schedule', 'costs', 'traced', 'provenance', 'ap_table']
 
 # %% ../../nbs/6_ledger/64_ledger.tables.ipynb #4cdcead4
-import hashlib
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -23,7 +21,7 @@ from ..config import Config
 from ..draw import COLOURS, TEMPLATE
 from ..evaluate.kitti import THRESHOLDS
 from ..evaluate.metrics import scarce
-from ..files import atomic, root
+from ..files import root
 from .record import Run
 from ..reading import reading
 from ..train.step import Stage
@@ -240,40 +238,3 @@ def ap_table(run: Run, note: str="", recall: str="R40") -> Shown:
     notes = [note] if note else []
     notes += scarce(run.record.get("objects", {}))
     return Shown(lines, f"{run.name}: AP {recall} on {count} frames of {val}", "\n".join(notes))
-
-# %% ../../nbs/6_ledger/64_ledger.tables.ipynb #653b50f5
-def saved_name(table: str, cfg: Config, overrides=()) -> str:
-    "The name of a table's results: its scale, and method, data, recipe and overrides where they are not the usual."
-    told = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:6]
-    parts = (table, cfg.method if cfg.method != "cmkd" else "", cfg.scale,
-             "kitti" if cfg.data.kind == "kitti" and cfg.scale != "full" else "",
-             cfg.recipe if cfg.recipe != "paper" else "", f"set{told}" if overrides else "")
-    return "-".join(filter(None, parts))
-
-# %% ../../nbs/6_ledger/64_ledger.tables.ipynb #4be38931
-def save_table(name: str, *long: DataFrame, folder=None) -> Path:
-    "Write long rows to results/tables/`name`.csv, atomically; smoke rows only under a name that says so."
-    every = pd.concat([f for f in long if len(f)], ignore_index=True)[list(COLUMNS)]
-    if "smoke" in set(every.scale) and "smoke" not in name:
-        raise ValueError(f"table {name!r}: smoke numbers prove that it runs and are never published; "
-                         "put 'smoke' into the name")
-    path = Path(folder or root()/"results"/"tables")/f"{name}.csv"
-    with atomic(path) as temp: every.to_csv(temp, index=False, float_format="%.6g")
-    return path
-
-# %% ../../nbs/6_ledger/64_ledger.tables.ipynb #00a2e45a
-def as_markdown(shown: Shown) -> str:
-    "A table for a page of Markdown."
-    head, *body = [[c.replace("|", "\\|") or " " for c in line] for line in shown.cells()]
-    line = lambda cells: f"| {' | '.join(cells)} |"
-    rule = line([":--" if words else "--:" for words in shown.left()])
-    told = [f"**{text}**" for text in (shown.title, shown.banner) if text]
-    return "\n\n".join([*told, "\n".join([line(head), rule, *map(line, body)])])
-
-def save_page(name: str, title: str, *parts: Shown | str, folder=None) -> Path:
-    "Write results/tables/`name`.md, atomically: a title, the figure of that name, and tables and text in their order."
-    path = Path(folder or root()/"results"/"tables")/f"{name}.md"
-    texts = [as_markdown(p) if isinstance(p, Shown) else p for p in parts]
-    page = [f"# {title}", texts[0], f"![{title}](../figures/{name}.png)", *texts[1:]]
-    with atomic(path) as temp: temp.write_text("\n\n".join(page) + "\n", encoding="utf-8")
-    return path
