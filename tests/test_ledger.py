@@ -327,7 +327,8 @@ def test_a_published_record_is_never_written_over(toy, monkeypatch):
 def test_a_deleted_record_comes_back_as_it_was_published(toy):
     "Made again with the same weights and numbers, git's record stands: nothing is changed in git's eyes."
     run = toy(role="teacher")
-    git = lambda *words: subprocess.run(["git", "-C", run.folder.parent, *words], check=True, capture_output=True, text=True)
+    asked = dict(cwd=run.folder.parent, check=True, capture_output=True, text=True)
+    git = lambda *words: subprocess.run(["git", *words], **asked)
     git("init", "-q")
     git("add", "--force", f"{run.name}/record.json")
     git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "published")

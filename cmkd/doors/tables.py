@@ -166,9 +166,9 @@ def run(
     experiment: Experiment = Experiment(),
     rows: Rows = Rows(),
 ) -> None:
-    """Prove that everything runs: render a street, train a teacher and students, and make the paper's Table 4.
+    """Prove that everything runs, and show the published Table 4.
 
-    Then show that table as it is published. What is trained already is loaded.
+    A street is rendered, a teacher and students are trained, or loaded where they are there.
     """
     from time import perf_counter
     begun, one = perf_counter(), replace(experiment, scale=experiment.size)
