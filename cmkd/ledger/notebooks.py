@@ -164,7 +164,8 @@ def settled(text: str) -> str:
 def execute(path: Path, values: dict, out: Path) -> NotebookNode:
     "Run a notebook with papermill, its streams passed on; an error names where it stopped."
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
-    live = dict(progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True)
+    live = dict(progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True,
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"])   # one machine, no need to encrypt
     failed = out.with_name(f"{out.stem}.failed.ipynb")
     with scratch(out) as temp:
         try: papermill.execute_notebook(path, temp, parameters=values, kernel_name="python3", cwd=path.parent, **live)
@@ -191,7 +192,8 @@ def echoed(nb: NotebookNode, values: dict, path) -> None:
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #3c8e3298
 def tidy(out: Path) -> None:
     "Remove what a killed notebook has left where notebooks write."
-    for folder in (out.parent, *(root()/"results"/name for name in ("tables", "figures"))): sweep(folder)
+    kept = [root()/"results"/place/name for place in ("", "mine") for name in ("tables", "figures", "published")]
+    for folder in (out.parent, *kept): sweep(folder)
 
 def run_notebook(
     path,                          # of the notebook
