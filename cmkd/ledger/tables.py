@@ -223,7 +223,7 @@ def traced(run: Run) -> dict:
 def provenance(runs: dict[str, list[Run]]) -> DataFrame:
     "Where each line came from: run, seed, code, data."
     lines = [dict(row=row) | traced(run) for row, several in runs.items() for run in several]
-    return DataFrame(lines).set_index("row")
+    return DataFrame(lines, columns=None if lines else ["row"]).set_index("row")
 
 # %% ../../nbs/6_ledger/64_ledger.tables.ipynb #ca537051
 def ap_table(run: Run, note: str="", recall: str="R40") -> Shown:
