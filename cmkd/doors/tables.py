@@ -127,8 +127,8 @@ def table(
 
 def executed(name: str, experiment: Experiment, rows: Rows, publish: bool=False) -> list[Path]: # executed notebooks
     "Run these notebooks, each at the scale typed or its own, and print what came of them."
-    from cmkd.ledger.notebooks import declared, printed
     books = sorted((root()/"nbs"/"tables").glob("cmkd_*.ipynb")) if name == "all" else [notebook_of(name)]
+    from cmkd.ledger.notebooks import declared, printed  # takes seconds, a misspelt name does not
     asked_for, done = vars(rows) | dict(publish=publish), []
     jobs = {book: (own_scale(book, experiment), {k: v for k, v in asked_for.items() if name != "all" or
                                                  k in declared(book)}) for book in books}
@@ -153,11 +153,11 @@ def publish(name: str, /, *, data: Path | None = None, workers: From0 = 0, as_is
         workers: runs side by side
         as_is: make nothing; what was not run is a dash
     """
-    from cmkd.ledger.notebooks import outcome_of, read_notebook
     done = executed(name, Experiment(data=data), Rows(workers=workers, as_is=as_is), publish=True)
+    from cmkd.ledger.notebooks import outcome_of, read_notebook
     records = {p for out in done for p in outcome_of(read_notebook(out))["files"] if Path(p).name == "record.json"}
     files = sorted(str(q) for p in records for q in (Path(p), Path(p).with_name("metrics.csv")) if q.exists())
-    if (root()/".git").exists(): subprocess.run(["git", "add", "--force", *files], cwd=root(), check=True)
+    if files and (root()/".git").exists(): subprocess.run(["git", "add", "--force", *files], cwd=root(), check=True)
     print(f"{len(records)} records stand behind it")
 
 # %% ../../nbs/7_doors/74_doors.tables.ipynb #bb9df9a9

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIME', 'parameters_cell', 'assigned', 'read_notebook', 'declared', 'asked', 'digest', 'outcome', 'outcome_of', 'sha',
            'source_key', 'package_key', 'files_below', 'folder_key', 'key_of', 'unchanged', 'settled', 'execute',
-           'echoed', 'tidy', 'run_notebook', 'printed', 'as_markdown']
+           'echoed', 'tidy', 'run_notebook', 'printed', 'included', 'as_markdown']
 
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #a5bb4b8e
 import ast
@@ -21,7 +21,7 @@ import papermill
 from nbformat import NotebookNode
 
 from ..files import atomic, root, scratch, sweep
-from ..reading import read_sealed, reading, sha256, write_sealed
+from ..reading import read_sealed, read_text, reading, sha256, write_sealed
 
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #f20cf262
 def parameters_cell(nb: NotebookNode, path, tag: str="parameters") -> NotebookNode:
@@ -229,9 +229,18 @@ def printed(out: Path) -> str:
     raise ValueError(f"{side}: holds no table; {again}")
 
 # %% ../../nbs/6_ledger/66_ledger.notebooks.ipynb #6cf2bdb4
+def included(told: re.Match) -> str:
+    "A table of a published page, by how its title begins: `<!-- include results/tables/x.md: Title -->`."
+    path, title = root()/told[1], told[2]
+    parts = read_text(path, "make it: cmkd publish").split("\n\n")
+    there = [i for i, part in enumerate(parts) if part.startswith(f"**{title}")]
+    if not there: raise ValueError(f"{path}: no table of it begins with {title!r}; make it again: cmkd publish")
+    return "\n\n".join(parts[there[0]:there[0] + 2])
+
 def as_markdown(path) -> str:
     "The cells of a notebook in nbs/, without outputs, as one Markdown page for the project's root."
     cells = read_notebook(path).cells
     parts = [c.source if c.cell_type == "markdown" else f"```python\n{c.source}\n```" for c in cells]
     page = "\n\n".join(parts) + "\n"
+    page = re.sub(r"<!-- include (\S+): (.+?) -->", included, page).replace("](../", "](")
     return re.sub(r"\]\((?!http)([^)]+\.ipynb)\)", r"](nbs/\1)", page)

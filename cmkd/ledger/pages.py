@@ -60,7 +60,7 @@ def as_page(title: str, picture: Path, alt: str, *parts: Shown | str) -> str:
     "One file of HTML that needs no other: the first part, the picture if it is there, the other parts."
     texts = [p._repr_html_() if isinstance(p, Shown) else markdown2html(p) for p in parts]
     data = base64.b64encode(picture.read_bytes()).decode() if picture.exists() else ""
-    shown = [f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'] if data else [f"<p>{escape(alt)}</p>"]
+    shown = [f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">']*bool(data)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join([f"<h1>{escape(title)}</h1>", *texts[:1], *shown, *texts[1:]])
     head = f'<html lang="en"><head>{head}<style>{STYLE}</style></head>'
@@ -88,7 +88,8 @@ class Pages:
         "A title, a part, the figure saved before, the other parts: Markdown in tables/, one whole file in published/."
         path, picture = (self.folder/"tables"/f"{self.name}.md", self.folder/"published"/f"{self.name}.png")
         texts, alt = [as_markdown(p) if isinstance(p, Shown) else p for p in parts], alt or f"Figure of: {title}"
-        lines = [f"# {title}", texts[0], f"![{alt}](../published/{self.name}.png)", *texts[1:]]
+        shown = [f"![{alt}](../published/{self.name}.png)"]*picture.exists()
+        lines = [f"# {title}", texts[0], *shown, *texts[1:]]
         with atomic(path) as temp: temp.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
         with atomic(picture.with_suffix(".html")) as temp:
             temp.write_text(as_page(title, picture, alt, *parts), encoding="utf-8")
