@@ -43,9 +43,9 @@ pio.templates[TEMPLATE] = go.layout.Template(layout=dict(
     paper_bgcolor="white",
     plot_bgcolor="white",
     colorway=[*COLOURS.values(), "#7a7a7a"],
-    margin=dict(l=50, r=15, t=45, b=40),
-    title=dict(font_size=15, x=.02, xanchor="left"),
-    legend=dict(orientation="h", x=1, xanchor="right", y=1.02, yanchor="bottom"),
+    margin=dict(l=50, r=15, t=70, b=40),
+    title=dict(font_size=15, x=.02, xanchor="left", y=1, yanchor="top", yref="container", pad_t=10),
+    legend=dict(orientation="h", x=0, xanchor="left", y=1.01, yanchor="bottom"),       # below the title
     xaxis=_axis,
     yaxis=_axis,
     coloraxis=dict(colorbar=dict(thickness=10, outlinewidth=0))))
