@@ -7,7 +7,7 @@ STAMP := .venv/.made-from-the-lock
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: run test env readme audit secrets tools clean
+.PHONY: run test docs env readme audit secrets tools clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -15,9 +15,13 @@ run: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q tests/test_packaging.py tests/test_floors.py tests/test_notebooks.py
-	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/cmkd docs --check
 	$(BIN)/cmkd table all --scale smoke
 	$(BIN)/python -m pytest -q tests --ignore tests/test_packaging.py --ignore tests/test_floors.py --ignore tests/test_notebooks.py
+
+# All notebooks with what they show, as a site that needs no network: build/site/index.html
+docs: $(STAMP)
+	$(BIN)/cmkd docs
 
 env: $(STAMP)
 
@@ -28,6 +32,7 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "cmkd needs Python 3.11, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c requirements.lock -e '.[dev]'
+	-git config filter.notebook.clean "sh -c 'test -x $(BIN)/cmkd && exec $(BIN)/cmkd clean || exec cat'"
 	touch $@
 
 # Known holes in what we depend on, as PyPI knows them

@@ -25,7 +25,7 @@ from cmkd.world.rays import WorldConfig
 from cmkd.world.write import WORLDS, write
 
 COMMANDS = ("doctor", "world", "split-leaks", "train", "memory", "evaluate", "detect", "submit", "convert", "export",
-            "table", "publish", "run", "bench")
+            "table", "publish", "run", "bench", "learn", "docs", "clean")
 CAR = "Car 0.00 0 1.85 387.63 181.54 423.81 233.12 1.67 1.87 3.69 -16.53 2.39 28.49 1.57"
 OPTIONS = {   # every option of every command
     "doctor": {"PATH", "--out"},
@@ -41,6 +41,9 @@ OPTIONS = {   # every option of every command
     "export": {"--weights", "--onnx", "--size"},
     "table": {"NAME", "--draws", "--controls", "--workers", "--as-is"},
     "run": {"--draws", "--controls", "--workers", "--as-is"},
+    "learn": {"NAME", "--present", "--port", "--no-browser"},
+    "docs": {"--check", "--only", "--workers"},
+    "clean": set(),
     "publish": {"NAME", "--data", "--workers", "--as-is"},
     "bench": {"NAME", "--repeats", "--labels", "--ids", "--before", "--publish"},
 }
@@ -129,6 +132,7 @@ def test_help_imports_no_network(words):
     (("table", "paper_vs_relaese"), "did you mean paper_vs_release"),
     (("table", "cmkd_t04", "--data", "/nowhere"), "cmkd doctor /nowhere"),
     (("table", "cmkd_t04", "--method", "hint"), "declares no parameter method"),
+    (("learn", "44"), "there are: 1 pixels_to_ground"),
 ])
 def test_bad_input_is_one_line_and_code_2(words, says, capsys):
     code, out, err = run(capsys, *words)

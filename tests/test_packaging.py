@@ -53,8 +53,8 @@ def test_installed_as_declared():
 
 
 # what comes with another package, which cannot be without it; and what a user may add
-CARRIED = {"nbformat": "papermill", "torchvision": "timm"}
-OPTIONAL = {"kaleido", "onnx", "onnxruntime"}
+CARRIED = {"nbconvert": "jupyterlab", "nbformat": "papermill", "torchvision": "timm"}
+OPTIONAL = {"kaleido", "latex2mathml", "onnx", "onnxruntime"}
 
 
 def test_what_is_imported_is_declared():

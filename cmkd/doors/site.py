@@ -79,7 +79,8 @@ def page_of(nb: "NotebookNode", name: str, at: Path, places: dict[str, str], fol
 # %% ../../nbs/7_doors/76_doors.site.ipynb #21c15fe9
 def head_of(node: ast.stmt, lines: list[str]) -> str:
     "A definition up to its docstring; of a class, its fields and the heads of its public methods, too."
-    if not isinstance(node, ast.FunctionDef | ast.ClassDef): return "\n".join(lines[node.lineno - 1:node.end_lineno][:12])
+    whole = "\n".join(lines[node.lineno - 1:node.end_lineno][:12])
+    if not isinstance(node, ast.FunctionDef | ast.ClassDef): return whole
     body = node.body[0].lineno - 1
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
     out = lines[first:max(body, node.lineno)]
