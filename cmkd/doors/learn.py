@@ -83,9 +83,9 @@ def cleaned(text: str) -> str:
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 
 def clean() -> None:
-    """Take a notebook from standard input and give it without outputs to standard output.
+    """A notebook without what it showed, as git keeps it.
 
-    Git calls it; see .gitattributes.
+    From standard input to standard output; git calls it, see .gitattributes.
     """
     text = sys.stdin.read()
     try: sys.stdout.write(cleaned(text))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CODE', 'MATH', 'FLOORS', 'NEEDS', 'SETTINGS', 'STYLE', 'formula', 'worded', 'as_block', 'shown', 'page_of', 'head_of',
-           'reference', 'books_of', 'kept_copies', 'titled', 'navigation', 'written', 'front', 'docs']
+           'reference', 'books_of', 'kept_copies', 'titled', 'navigation', 'written', 'front', 'built', 'docs']
 
 # %% ../../nbs/7_doors/76_doors.site.ipynb #ef1e8368
 import ast
@@ -36,15 +36,16 @@ def formula(found: re.Match) -> str:
 
 def worded(text: str, at: Path, places: dict[str, str]) -> str:
     "Markdown of a notebook in folder `at` of nbs/, for its page; `places`: a file below nbs/ -> its page."
+    up, nbs = "../"*len(at.parts), (root()/"nbs").resolve()
     def link(found: re.Match) -> str:
-        target = found[1].partition("#")[0]
-        where = (root()/"nbs"/at/target).resolve()
-        name = str(where.relative_to(root()/"nbs")) if where.is_relative_to(root()/"nbs") else ""
-        if name in places: return f"]({'../'*len(at.parts)}{places[name]})"
-        return f"]({'../'*len(at.parts)}{where.name})" if where.suffix in (".png", ".md") else f"]({found[1]})"
+        where = (nbs/at/found[2].partition("#")[0]).resolve()
+        name = str(where.relative_to(nbs)) if where.is_relative_to(nbs) else ""
+        if name in places: return f"[{found[1]}]({up}{places[name]})"
+        if name and where.exists(): return found[1]                       # a notebook that this site leaves out
+        return f"[{found[1]}]({up}{where.name})" if where.suffix in (".png", ".md") else found[0]
     parts = CODE.split(text)
     for i in range(0, len(parts), 2):
-        parts[i] = MATH.sub(formula, re.sub(r"\]\((?!http|#)([^)\s]+)\)", link, parts[i]))
+        parts[i] = MATH.sub(formula, re.sub(r"\[([^\]]*)\]\((?!http|#)([^)\s]+)\)", link, parts[i]))
     return "".join(parts)
 
 # %% ../../nbs/7_doors/76_doors.site.ipynb #14c90fff
@@ -197,6 +198,15 @@ def front(text: str, pages: Path) -> str:
     return text
 
 # %% ../../nbs/7_doors/76_doors.site.ipynb #b8fe93e7
+def built(books: list[Path], copies: dict[Path, Path], build: Path) -> Path: # its index.html
+    "The site of these notebooks, in `build`/site; a broken link is an error."
+    written(books, copies, build)
+    command = [sys.executable, "-m", "mkdocs", "build", "-f", build/"mkdocs.yml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    told = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith(("WARNING", "ERROR"))]
+    if done.returncode: raise RuntimeError("mkdocs: " + ("; ".join(told) or done.stderr.strip()))
+    return build/"site"/"index.html"
+
 def docs(*, check: bool = False, only: str = "", workers: From0 = 0) -> None:
     """Run all notebooks, and build the site from what they showed.
 
@@ -214,8 +224,4 @@ def docs(*, check: bool = False, only: str = "", workers: From0 = 0) -> None:
         return
     if any(find_spec(name) is None for name in ("material", "mkdocs", "latex2mathml")):
         raise ImportError("the site is built by mkdocs: pip install 'cmkd[docs]'")
-    written(books, kept_copies(books, workers), build)
-    command = [sys.executable, "-m", "mkdocs", "build", "-q", "-f", build/"mkdocs.yml"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError("mkdocs: " + (done.stderr or done.stdout).strip())
-    print(f"{len(books)} pages: {build/'site'/'index.html'}")
+    print(f"{len(books)} pages: {built(books, kept_copies(books, workers), build)}")
