@@ -137,8 +137,8 @@ def belief(
     return Belief(temper(p, state.temperature)[:bins.count], uv, size, nearest_return(frame, uv, size))
 
 # %% ../nbs/0_ground/09_widgets.ipynb #4e381f24
-PANELS = {"cell": (1, 1), "pixel": (1, 1), "belief": (2, 1), "LiDAR depth": (2, 1), "lifted": (2, 2), "ray": (2, 2),
-          "LiDAR return": (2, 2)}   # trace -> row, column of its panel
+PANELS = {"cell": (1, 1), "pixel": (1, 1), "belief": (2, 1), "LiDAR depth": (2, 1), "lifted": (1, 2), "ray": (1, 2),
+          "LiDAR return": (1, 2)}   # trace -> row, column of its panel
 BLUES = [[0, "rgba(0,114,240,0)"], [.02, "rgba(0,114,240,.15)"], [.3, "rgba(0,114,240,.6)"], [1, "rgb(0,40,120)"]]
 
 def said(b: Belief, bins: DepthBins, heat: np.ndarray, temperature: float) -> str:
@@ -190,10 +190,10 @@ def pixel_traces(
 
 # %% ../nbs/0_ground/09_widgets.ipynb #8d880674
 def panels(tall: int) -> go.Figure:
-    "A picture, `tall` px, above a bar chart and a map."
-    fig = make_subplots(2, 2, specs=[[{"colspan": 2}, None], [{}, {}]], row_heights=[tall, 420],
-                        vertical_spacing=70/(tall + 490), horizontal_spacing=.1)
-    fig.update_layout(template=TEMPLATE, width=900, height=tall + 560, bargap=0)
+    "A picture, `tall` px, above a bar chart; a map beside both. With sliders it fits 1280 x 720."
+    fig = make_subplots(2, 2, specs=[[{}, {"rowspan": 2}], [{}, None]], row_heights=[tall, 180],
+                        column_widths=[.62, .38], vertical_spacing=60/(tall + 240), horizontal_spacing=.07)
+    fig.update_layout(template=TEMPLATE, width=1120, height=tall + 330, bargap=0)
     return fig.update_yaxes(title="probability of the bin", range=[0, 1], row=2, col=1)
 
 # %% ../nbs/0_ground/09_widgets.ipynb #33a0080c
@@ -207,18 +207,18 @@ def pixel_to_ground(
     "A pixel of the picture, its belief, and where its feature lands (CMKD 3.2: outer product, then the ground)."
     view = frame.views[0]
     H, W = view.size
-    fig = panels(int(np.clip(830*H/W, 120, 500)))
+    fig = panels(int(np.clip(640*H/W, 120, 300)))
     traces, told = pixel_traces(frame, bins, grid, distribution, state)
     draw = lambda t: fig.add_trace(t, *PANELS[t.name])
     draw(traces[4])
-    fig.add_trace(bev_points(thin(frame.points[in_view(frame.points[:, :3], view, (H, W))], 2000)), 2, 2)
+    fig.add_trace(bev_points(thin(frame.points[in_view(frame.points[:, :3], view, (H, W))], 2000)), 1, 2)
     if frame.objects is not None and len(frame.objects):
         fig.add_trace(image_boxes("truth", frame.objects, view), 1, 1)
-        fig.add_trace(bev_boxes("truth", frame.objects).update(showlegend=False), 2, 2)
+        fig.add_trace(bev_boxes("truth", frame.objects).update(showlegend=False), 1, 2)
     for t in traces[:4] + traces[5:]: draw(t)
     fig.update_layout(title=dict(text=told, font_size=13))
     fig.update_xaxes(title="depth (m)", range=[0, bins.high], row=2, col=1)
-    return bev_axes(image_axes(fig, view.image, min(1, 900/W), (1, 1)), grid, (2, 2))
+    return bev_axes(image_axes(fig, view.image, min(1, 900/W), (1, 1)), grid, (1, 2))
 
 # %% ../nbs/0_ground/09_widgets.ipynb #be340a2c
 def refresh(fig: go.Figure, traces: list, title: str) -> None:
