@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'GREYS', 'HEIGHTS', 'NEAR', 'MOST', 'TEMPLATE', 'thin', 'box_lines', 'clip_near', 'project_lines',
-           'as_roles', 'gaps', 'image_boxes', 'bev_boxes', 'png_uri', 'image_points', 'bev_points', 'bev_heat',
-           'image_axes', 'bev_axes', 'draw_image', 'draw_bev', 'draw_map', 'draw_3d', 'draw_frame', 'bars', 'Saved',
-           'save_png', 'save']
+           'as_roles', 'gaps', 'image_boxes', 'image_labels', 'bev_boxes', 'png_uri', 'image_points', 'bev_points',
+           'bev_heat', 'image_axes', 'bev_boxes_on', 'bev_axes', 'draw_image', 'draw_bev', 'draw_map', 'draw_3d',
+           'draw_frame', 'bars', 'Saved', 'save_png', 'save']
 
 # %% ../nbs/0_ground/08_draw.ipynb #a0403beb
 import base64
@@ -116,6 +116,16 @@ def image_boxes(role: str, boxes: Boxes, pinhole: Pinhole) -> go.Scatter:
     u, v = gaps(np.concatenate([np.zeros((0, 2, 2)), *parts])).T
     return go.Scatter(x=u, y=v, text=text, hoverinfo="text", **_line(role, 1.5))
 
+def image_labels(role: str, boxes: Boxes, pinhole: Pinhole) -> go.Scatter:
+    "Class and score above each wireframe."
+    tops = []
+    for lines, text in zip(box_lines(boxes.boxes), _labels(boxes), strict=True):
+        seen = project_lines(lines, pinhole).reshape(-1, 2)
+        if len(seen): tops.append((seen[:, 0].mean(), seen[:, 1].min(), text))
+    u, v, text = zip(*tops, strict=True) if tops else ((), (), ())
+    return go.Scatter(x=u, y=v, text=text, mode="text", textposition="top center", showlegend=False, hoverinfo="skip",
+                      legendgroup=role, textfont=dict(size=11, color=COLOURS[role]))
+
 def bev_boxes(role: str, boxes: Boxes) -> go.Scatter:
     "Footprints from above, with a line from the centre through the front."
     lines = box_lines(boxes.boxes)
@@ -147,7 +157,7 @@ def image_points(
     return go.Scatter(
         x=u, y=v, mode="markers", name="LiDAR", showlegend=False,
         hovertemplate="%{marker.color:.1f} m<extra></extra>",
-        marker=dict(size=3, color=d, cmin=0, cmax=50, colorscale="Turbo_r", colorbar=bar))
+        marker=dict(size=3, color=d, cmin=0, cmax=50, colorscale="Viridis_r", colorbar=bar))
 
 # %% ../nbs/0_ground/08_draw.ipynb #f3ca8bc1
 def _grey(height: np.ndarray, size: float) -> dict:
@@ -193,6 +203,12 @@ def image_axes(
     return fig
 
 # %% ../nbs/0_ground/08_draw.ipynb #e230d00f
+def bev_boxes_on(heat, role: str, boxes: Boxes) -> list[go.Scatter]:
+    "Footprints; on a map (`heat` is not None) with a white edge, so that they stand out of any colour."
+    line = bev_boxes(role, boxes)
+    edge = bev_boxes(role, boxes).update(line=dict(color="white", width=5), showlegend=False, hoverinfo="skip")
+    return [line] if heat is None else [edge, line]
+
 def bev_axes(
     fig: go.Figure,
     grid: Grid | None=None,              # what to show; default: all
@@ -242,7 +258,7 @@ def draw_bev(
     fig = go.Figure(layout=dict(template=TEMPLATE, title=title, width=620, height=620))
     if heat is not None: fig.add_trace(bev_heat(np.asarray(heat), grid))
     if points is not None: fig.add_trace(bev_points(points))
-    for role, b in as_roles(boxes).items(): fig.add_trace(bev_boxes(role, b))
+    for role, b in as_roles(boxes).items(): fig.add_traces(bev_boxes_on(heat, role, b))
     return bev_axes(fig, grid)
 
 # %% ../nbs/0_ground/08_draw.ipynb #fedc3ced
@@ -295,6 +311,7 @@ def draw_frame(
     title: str | None=None,
     scale: float=1.,                                # of the stored picture
     view: View | None=None,                         # one of the frame's; default: the first
+    labels: bool=False,                             # class and score on each box of the picture
 ) -> go.Figure:
     "A frame: one camera's picture above, the street from above below."
     view = view or frame.views[0]
@@ -306,7 +323,8 @@ def draw_frame(
     fig.add_trace(bev_points(frame.points), 2, 1)
     for role, b in roles.items():
         fig.add_trace(image_boxes(role, b, view), 1, 1)
-        fig.add_trace(bev_boxes(role, b).update(showlegend=False), 2, 1)
+        if labels: fig.add_trace(image_labels(role, b, view), 1, 1)
+        for t in bev_boxes_on(heat, role, b): fig.add_trace(t.update(showlegend=False), 2, 1)
     if not roles: fig.add_trace(go.Scatter(x=[], y=[], showlegend=False), 1, 1)
     return bev_axes(image_axes(fig, view.image, scale, (1, 1)), grid, (2, 1))
 
