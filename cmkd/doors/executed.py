@@ -80,7 +80,7 @@ def run_once(path: Path) -> float: # seconds
     try:
         for i, cell in enumerate(c for c in nb.cells if c.cell_type == "code"):
             outputs = shell.run(cell.source)
-            if shell.exc: raise RuntimeError(f"{path}: cell {i + 1}\n{shell.prettytb(fname=path)}")
+            if shell.exc: raise RuntimeError(f"{path}: cell {i + 1}: {type(shell.exc).__name__}: {shell.exc}")
             cell.outputs = [nbformat.from_dict(o) for o in outputs]
     finally: os.chdir(here)
     nb.metadata["cmkd"] = dict(stands_on=stands_on(path))
