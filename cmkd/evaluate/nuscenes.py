@@ -60,8 +60,9 @@ def in_racks(table: Table, racks: Table) -> np.ndarray: # (N,) bool
     out = np.zeros(len(table), bool)
     for k in range(len(racks)):
         here = np.flatnonzero(table.sample == racks.sample[k])
+        if not len(here): continue
         w, x, y, z = racks.rotation[k]
-        local = Rotation.from_quat([x, y, z, w]).inv().apply(table.xyz[here] - racks.xyz[k]) if len(here) else np.empty((0, 3))
+        local = Rotation.from_quat([x, y, z, w]).inv().apply(table.xyz[here] - racks.xyz[k])
         width, length, height = racks.wlh[k]
         out[here] |= (np.abs(local) <= np.array([length, width, height])/2).all(1)
     return out
