@@ -1,5 +1,5 @@
 # Two commands, each alone on a fresh clone with Python 3.11, make and pip:
-#   make run    the embedded world, the networks of the paper's Table 4 at smoke scale, the table
+#   make run    proof that all runs: the networks of the paper's Table 4 at smoke scale; then the published table
 #   make test   every check
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
