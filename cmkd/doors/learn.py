@@ -7,7 +7,7 @@ __all__ = ['KERNEL', 'lessons', 'lesson_of', 'server', 'learn', 'cleaned', 'clea
 
 # %% ../../nbs/7_doors/77_doors.learn.ipynb #1758a653
 import json
-import subprocess
+import os
 import sys
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -52,7 +52,7 @@ def learn(
     present: bool = False,
     port: From0 = 0,
     no_browser: bool = False,
-) -> int:
+) -> None:
     """Open the lessons in a browser, on this machine alone.
 
     Stop it with Ctrl-C.
@@ -65,8 +65,8 @@ def learn(
     """
     command = server(lesson_of(name) if name else None, present, port, not no_browser)
     print("lessons: " + ", ".join(f"{int(p.stem[:2])} {p.stem[3:].replace('_', ' ')}" for p in lessons()), flush=True)
-    try: return subprocess.run(command, cwd=root()/"nbs").returncode
-    except KeyboardInterrupt: return 0
+    os.chdir(root()/"nbs")
+    os.execv(command[0], command)                       # who stops this command stops the server
 
 # %% ../../nbs/7_doors/77_doors.learn.ipynb #134a4d1c
 KERNEL = dict(display_name="python3", language="python", name="python3")
