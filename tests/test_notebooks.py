@@ -116,7 +116,6 @@ def test_every_figure_is_shown_with_words(path):
 
 @pytest.mark.parametrize("code, count", [
     ("fig = go.Figure()\nfig", 1), ("draw.draw_bev(points)", 1), ("fig = px.imshow(a)\nfig.update_xaxes(title=1)", 1),
-   
     ("fig, n = go.Figure(), 2\nfig", 1),
     ("fig = bars(a, b, 'c')\ndisplay(table, fig)", 1), ("def shown(a): return go.Figure(a)\n\nshown(1)", 1),
     ("fig = go.Figure()\nshow(fig, 'a line')", 0), ("fig = go.Figure()\nlen(fig.data)", 0)])
