@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'BLUES', 'LOOK', 'temper', 'ray', 'splat', 'lidar_distribution', 'PixelState', 'Belief', 'nearest_return',
-           'belief', 'said', 'rings', 'pixel_traces', 'panels', 'pixel_to_ground', 'refresh', 'PixelToGround', 'stop',
-           'pixel_slides', 'slider', 'choice_of', 'Explore']
+           'belief', 'said', 'rings', 'pixel_traces', 'panels', 'pixel_to_ground', 'with_still', 'refresh',
+           'PixelToGround', 'stop', 'pixel_slides', 'slider', 'choice_of', 'said_by', 'Explore']
 
 # %% ../nbs/0_ground/09_widgets.ipynb #094710d6
 import json
@@ -20,7 +20,18 @@ from plotly.subplots import make_subplots
 from torch.nn.functional import avg_pool2d
 
 from .core import Frame, Pinhole
-from .draw import COLOURS, TEMPLATE, bev_axes, bev_boxes, bev_heat, bev_points, image_axes, image_boxes, thin
+from cmkd.draw import (
+    COLOURS,
+    TEMPLATE,
+    bev_axes,
+    bev_boxes,
+    bev_heat,
+    bev_points,
+    image_axes,
+    image_boxes,
+    show,
+    thin,
+)
 from .geometry import DepthBins, Grid, img_to_lidar, in_view, lidar_to_img
 
 # %% ../nbs/0_ground/09_widgets.ipynb #6027043d
@@ -221,6 +232,11 @@ def pixel_to_ground(
     return bev_axes(image_axes(fig, view.image, min(1, 900/W), (1, 1)), grid, (1, 2))
 
 # %% ../nbs/0_ground/09_widgets.ipynb #be340a2c
+def with_still(figure: go.Figure, view: ipywidgets.Widget, alt: str, **kwargs) -> tuple[dict, dict]:
+    "A widget's output, and beside it the figure as it stands, for where there is no kernel."
+    data, told = show(figure, alt)._repr_mimebundle_()
+    return view._repr_mimebundle_(**kwargs) | data, told
+
 def refresh(fig: go.Figure, traces: list, title: str) -> None:
     "Give the traces of `fig` the data of the new `traces` with the same names, and `fig` a new title."
     old = {t.name: t for t in fig.data}
@@ -237,6 +253,7 @@ class PixelToGround:
         H, W = frame.views[0].size
         self.of, self.state = (frame, bins, grid, distribution), state or PixelState(W//2, H//2)
         self.figure = go.FigureWidget(pixel_to_ground(*self.of, self.state))
+        self.alt = "A pixel of the picture, how deep it may lie, and where on the ground its feature lands"
         step = 1 if callable(distribution) else -(-W//distribution.shape[2])
         snap = lambda x: int(x + .5)//step*step               # the same cell, on a stop of the slider
         self.u = ipywidgets.IntSlider(snap(self.state.u), 0, W - 1, step, description="u (px)", **LOOK)
@@ -254,8 +271,7 @@ class PixelToGround:
         refresh(self.figure, *pixel_traces(*self.of, self.state))
 
     def _repr_mimebundle_(self, **kwargs):
-        still = {"application/vnd.plotly.v1+json": json.loads(self.figure.to_json())}
-        return still | self.view._repr_mimebundle_(**kwargs)
+        return with_still(self.figure, self.view, self.alt, **kwargs)
 
 # %% ../nbs/0_ground/09_widgets.ipynb #3a812938
 def stop(label: str) -> dict:
@@ -294,12 +310,17 @@ def choice_of(name: str, options: list[str], value: str="") -> ipywidgets.Widget
     wide = dict(style=LOOK["style"], layout=LOOK["layout"])
     return ipywidgets.Dropdown(options=list(options), value=value or options[0], description=name, **wide)
 
+def said_by(controls: dict[str, ipywidgets.Widget]) -> str:
+    "What the controls say, in words."
+    return ", ".join(f"{c.description} {c.value:g}" if isinstance(c.value, float) else f"{c.description} {c.value}"
+                     for c in controls.values())
+
 class Explore:
     "Controls over `draw(**what they say) -> Figure`; its traces keep their number and kinds."
-    def __init__(self, draw: Callable[..., go.Figure], **controls: ipywidgets.Widget):
+    def __init__(self, draw: Callable[..., go.Figure], alt: str="", **controls: ipywidgets.Widget):
         if not 1 <= len(controls) <= 4:
             raise ValueError(f"{len(controls)} controls; a picture has one to four, or nobody knows what moved it")
-        self.draw, self.controls = draw, controls
+        self.draw, self.controls, self.alt = draw, controls, alt
         self.figure = go.FigureWidget(draw(**self.says()))
         for control in controls.values(): control.observe(self.move, "value")
         flow = ipywidgets.Layout(flex_flow="row wrap")
@@ -323,5 +344,5 @@ class Explore:
                 if new.layout[name].range is not None: self.figure.layout[name].range = new.layout[name].range
 
     def _repr_mimebundle_(self, **kwargs):
-        still = {"application/vnd.plotly.v1+json": json.loads(self.figure.to_json())}
-        return still | self.view._repr_mimebundle_(**kwargs)
+        alt = self.alt or f"{self.figure.layout.title.text or self.draw.__doc__ or self.draw.__name__}".strip()
+        return with_still(self.figure, self.view, f"{alt} ({said_by(self.controls)})", **kwargs)

@@ -1,4 +1,5 @@
 "What a figure shows must be where geometry says."
+import base64
 
 import numpy as np
 import plotly.graph_objects as go
@@ -7,7 +8,22 @@ import pytest
 
 from cmkd import draw
 from cmkd.core import Boxes, Frame, Pinhole, View
-from cmkd.draw import COLOURS, MOST, clip_near, draw_3d, draw_bev, draw_frame, draw_image, draw_map, png_uri, save
+from cmkd.draw import (
+    COLOURS,
+    LIVE,
+    MOST,
+    clip_near,
+    draw_3d,
+    draw_bev,
+    draw_frame,
+    draw_image,
+    draw_map,
+    png_of,
+    png_uri,
+    save,
+    show,
+    start_painter,
+)
 from cmkd.geometry import Grid
 
 POSE = [[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
@@ -156,3 +172,46 @@ def test_a_picture_of_the_same_figure_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(draw, "save_png", lambda fig, path: path.unlink(missing_ok=True) or "no png")
     assert draw.save(fig, tmp_path/"f").png and (tmp_path/"f.png").read_bytes() == b"drawn"
     assert not draw.save(draw.bars(["a"], [2.], "two"), tmp_path/"f").png and not (tmp_path/"f.png").exists()
+
+
+def test_shown_live_in_words_and_where_it_is_kept_as_a_picture(monkeypatch):
+    import sys
+
+    fig = draw_bev(np.zeros((3, 4)))
+    monkeypatch.setenv("CMKD_PICTURES", "0")
+    data, told = show(fig, "Three points.")._repr_mimebundle_()
+    assert data.keys() == {LIVE, "text/plain"} and data["text/plain"] == "Three points." and not told
+    monkeypatch.setenv("CMKD_PICTURES", "1")
+    monkeypatch.setattr("cmkd.draw.png_of", lambda *_: (b"a picture", ""))
+    data, told = show(fig, "Three points.")._repr_mimebundle_()
+    assert base64.b64decode(data["image/png"]) == b"a picture" and told == {"image/png": {"alt": "Three points."}}
+    monkeypatch.undo()
+    monkeypatch.setenv("CMKD_PICTURES", "1")
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    assert "image/png" not in show(fig, "Three points.")._repr_mimebundle_()[0]
+
+
+def test_one_browser_draws_all_pictures(monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    begun = []
+    fake = SimpleNamespace(Kaleido=lambda n: None, start_sync_server=lambda **_: begun.append(1),
+                           calc_fig_sync=lambda fig, opts: repr(opts).encode())
+    monkeypatch.setitem(sys.modules, "kaleido", fake)
+    start_painter.cache_clear()
+    fig = draw_bev(np.zeros((3, 4)))
+    first, second = png_of(fig), png_of(fig)
+    start_painter.cache_clear()
+    assert first == second and b"'width': 620" in first[0] and begun == [1]
+
+
+def test_no_browser_no_picture_and_the_reason(monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    def none(n): raise RuntimeError("no Chrome here")
+    monkeypatch.setitem(sys.modules, "kaleido", SimpleNamespace(Kaleido=none))
+    start_painter.cache_clear()
+    assert png_of(draw_bev(np.zeros((3, 4)))) == (b"", "no png: no Chrome here")
+

@@ -1,4 +1,5 @@
 "The notebooks as files: small, clean, of one style, and in step with the package."
+import ast
 import hashlib
 import json
 import os
@@ -67,6 +68,59 @@ def test_links_lead_somewhere(path):
     for text in map(source, cells(path, "markdown")):
         for link in re.findall(r"\]\((?!http)([^)#]+\.ipynb)", text):
             assert (path.parent/link).is_file(), f"{path.name} links to {link}, which is not there"
+
+
+MAKERS = {"Figure", "make_subplots", "imshow"} | {          # names of what returns a Plotly figure
+    node.name for p in (ROOT/"cmkd").rglob("*.py") for node in ast.walk(ast.parse(p.read_text()))
+    if isinstance(node, ast.FunctionDef) and node.returns and "go.Figure" in ast.unparse(node.returns)}
+
+
+def is_figure(node: ast.expr, made: set[str]) -> bool:
+    "Is this expression a figure, as far as the names of what makes one tell?"
+    if isinstance(node, ast.Name): return node.id in made
+    if not isinstance(node, ast.Call): return False
+    called = ast.unparse(node.func).split(".")[-1]
+    chained = isinstance(node.func, ast.Attribute) and re.match("(update|add)_", called)
+    return called in MAKERS or bool(chained and is_figure(node.func.value, made))
+
+
+def bare_figures(sources: list[str]) -> list[str]:
+    "What a notebook displays as a bare figure: at the end of a cell, or given to display()."
+    made, bare = set(), []
+    for tree in map(ast.parse, sources):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign):
+                to, of = node.targets[0], node.value
+                several = isinstance(to, ast.Tuple) and isinstance(of, ast.Tuple)
+                pairs = zip(to.elts, of.elts, strict=False) if several else [(to, of)]
+                made |= {a.id for a, b in pairs if isinstance(a, ast.Name) and is_figure(b, made)}
+            if isinstance(node, ast.FunctionDef) and any(
+                    isinstance(n, ast.Return) and n.value and is_figure(n.value, made) for n in ast.walk(node)):
+                made.add(node.name)
+        shown = [node.args for node in ast.walk(tree)
+                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "display"]
+        if tree.body and isinstance(tree.body[-1], ast.Expr): shown.append([tree.body[-1].value])
+        bare += [ast.unparse(n) for n in sum(shown, []) if is_figure(n, made)
+                 or isinstance(n, ast.Call) and ast.unparse(n.func) in made]
+    return bare
+
+
+BELOW = {"06_geometry", "07_boxes"}    # `draw`, where `show` comes from, stands on them
+
+
+@pytest.mark.parametrize("path", [p for p in ALL if p.stem not in BELOW], ids=lambda p: p.stem)
+def test_every_figure_is_shown_with_words(path):
+    bare = bare_figures([source(c) for c in cells(path) if not source(c).startswith("%")])
+    assert not bare, f"{path.name} displays {bare}; write draw.show(figure, 'what is to be seen')"
+
+
+@pytest.mark.parametrize("code, count", [
+    ("fig = go.Figure()\nfig", 1), ("draw.draw_bev(points)", 1), ("fig = px.imshow(a)\nfig.update_xaxes(title=1)", 1),
+    ("fig, n = go.Figure(), 2\nfig", 1),
+    ("fig = bars(a, b, 'c')\ndisplay(table, fig)", 1), ("def shown(a): return go.Figure(a)\n\nshown(1)", 1),
+    ("fig = go.Figure()\nshow(fig, 'a line')", 0), ("fig = go.Figure()\nlen(fig.data)", 0)])
+def test_a_bare_figure_is_noticed(code, count):
+    assert len(bare_figures([code])) == count
 
 
 def ruff(*words: str) -> subprocess.CompletedProcess:

@@ -13,10 +13,12 @@ from concurrent.futures import as_completed
 from pathlib import Path
 
 import nbformat
+import plotly.graph_objects as go
 from execnb.shell import CaptureShell
 from nbformat import NotebookNode
 from tqdm import tqdm
 
+from ..draw import KEPT, png_of
 from ..files import atomic, root
 from ..ledger.notebooks import digest, package_key, read_notebook, sha, source_key
 from ..ledger.runs import cores
@@ -42,17 +44,16 @@ def described(figure: dict) -> str: # of Plotly's JSON
 
 def still(figure: dict) -> bytes | None: # a PNG; None where kaleido or a browser is missing
     "A figure as a picture."
-    import plotly.io
-    try: return plotly.io.to_image(figure, format="png", scale=1.5, validate=False)
-    except (ImportError, RuntimeError, ValueError): return None
+    return png_of(go.Figure(figure, skip_invalid=True), 1.5)[0] or None
 
 # %% ../../nbs/7_doors/75_doors.executed.ipynb #6d0122fb
 def pictured(nb: NotebookNode) -> NotebookNode:
     "The same executed notebook; each figure has a picture and a sentence, and no widget waits for a kernel."
     for output in (o for c in nb.cells for o in c.get("outputs", []) if PLOTLY in o.get("data", {})):
+        output.data.pop(WIDGET, None)
+        if "image/png" in output.data: continue                # shown by draw.show
         figure = output.data[PLOTLY]
         told, png = described(figure), still(figure)
-        output.data.pop(WIDGET, None)
         output.data["text/plain"] = told
         if png is None: continue
         output.data["image/png"] = base64.b64encode(png).decode()
@@ -74,7 +75,7 @@ def run_once(path: Path) -> float: # seconds
     "Run a notebook from its own folder, as a reader would; raise where a cell does."
     from time import perf_counter
     begun, here = perf_counter(), os.getcwd()
-    os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
+    os.environ |= {"PLOTLY_RENDERER": "plotly_mimetype", KEPT: "1"}
     nb, shell, out = read_notebook(path), CaptureShell(path), kept_at(path)
     os.chdir(path.parent)
     try:

@@ -20,6 +20,7 @@ import nbformat
 import papermill
 from nbformat import NotebookNode
 
+from ..draw import KEPT
 from ..files import atomic, root, scratch, sweep
 from ..reading import read_sealed, read_text, reading, sha256, write_sealed
 
@@ -164,6 +165,7 @@ def settled(text: str) -> str:
 def execute(path: Path, values: dict, out: Path) -> NotebookNode:
     "Run a notebook with papermill, its streams passed on; an error names where it stopped."
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    os.environ.setdefault(KEPT, "1")                     # figures carry their pictures; 0 goes without
     live = dict(progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True,
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"])   # one machine, no need to encrypt
     failed = out.with_name(f"{out.stem}.failed.ipynb")
