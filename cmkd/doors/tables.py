@@ -101,12 +101,15 @@ class Rows:
 def bill(books: list[Path], experiment: Experiment, rows: Rows) -> str:
     "What these notebooks will cost, as far as they are studies of rows."
     from cmkd.distill.studies import TABLES
-    from cmkd.ledger.study import asked, foretold, throws
+    from cmkd.ledger.record import run_name
+    from cmkd.ledger.study import asked, foretold, stands_on, throws
     start = experiment.config()
     there = [t for t in TABLES if any(book.stem.startswith((f"cmkd_{t}", "cmkd_claims")) for book in books)]
-    where = experiment.data is not None
-    jobs = [cfg for key in there
-            for cfg in asked(key, start, rows.draws or throws(key, start.scale), rows.controls, where).values()]
+    where, jobs = experiment.data is not None, []
+    for key in there:
+        only = None if rows.draws or where else stands_on(key, start)
+        several = asked(key, start, rows.draws or throws(start.scale), rows.controls, where).values()
+        jobs += [cfg for cfg in several if only is None or run_name(cfg, "student") in only]
     return foretold(jobs, root()/"results"/"runs", start.scale) if jobs else ""
 
 # %% ../../nbs/7_doors/74_doors.tables.ipynb #c0a09312
