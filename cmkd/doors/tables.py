@@ -194,7 +194,7 @@ def shown_to_newcomers() -> str:
                       "next: cmkd learn 1 (lessons with sliders), cmkd table 4 (this table again), cmkd table --help"])
 
 # %% ../../nbs/7_doors/74_doors.tables.ipynb #cc83d38f
-Bench = Literal["evaluate", "lift", "student", "step", "backbones", "row", "precision", "memory", "gpu"]
+Bench = Literal["evaluate", "lift", "student", "step", "backbones", "row", "precision", "memory", "gpu", "lessons"]
 
 def of_networks(name: str, repeats: int) -> "DataFrame":
     "A benchmark of networks with random weights."
@@ -278,6 +278,9 @@ def bench(
         raise ValueError("cmkd bench gpu: PyTorch sees no graphics card here")
     torch.set_num_threads(1)
     if name == "evaluate": found = of_evaluator(labels, ids, repeats)
+    elif name == "lessons":
+        from cmkd.cost.lessons import lessons_bench
+        found = lessons_bench(repeats)
     elif name in ("row", "precision", "memory", "gpu"): found = of_runs(name, before)
     else: found = of_networks(name, repeats)
     options = dict(repeats=repeats if repeats != 3 else "", labels=labels and labels.name, ids=ids and ids.name,
