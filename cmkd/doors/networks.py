@@ -6,6 +6,7 @@
 __all__ = ['DRAWN', 'train', 'memory', 'student_in', 'draw', 'learned_from', 'its_own', 'detect', 'submit', 'convert', 'export']
 
 # %% ../../nbs/7_doors/73_doors.networks.ipynb #3a3c405c
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from cyclopts import Parameter
 
 from ..config import Config
 from .experiment import Experiment
-from ..files import atomic
+from ..files import atomic, root
 from ..reading import read_sealed, write_sealed
 
 if TYPE_CHECKING:
@@ -32,13 +33,16 @@ def train(*, experiment: Experiment = Experiment(), role: str = "student", seed:
         seed: of the run
     """
     from cmkd.ledger.runs import fit_or_load
+    from cmkd.ledger.study import foretold
     from cmkd.ledger.tables import ap_table, banner
     from cmkd.methods import role_of
     cfg = experiment.config()
     role_of(cfg, role)                                   # a wrong name is told before a world is rendered
     own = f"{role}.seed" if f"{role}.seed" in cfg.flat() else "seed"       # a teacher has a seed of its own
     if seed is not None: cfg = cfg.override(f"{own}={seed}")
-    run = fit_or_load(cfg, role, experiment.folder(), weights=True)
+    folder = experiment.folder()
+    print(foretold([cfg], root()/"results"/"runs", cfg.scale, role), file=sys.stderr, flush=True)
+    run = fit_or_load(cfg, role, folder, weights=True)
     if run.record["ap"]: print(ap_table(run, banner(cfg.scale)))
     print(f"run: {run.folder}")
 

@@ -152,18 +152,18 @@ def opening(made: Study, found: DataFrame) -> str: # Markdown
     return f"{first}\n\n**How sure.** {sure}.\n\n**Where they disagree.** {upper('; '.join(parts))}."
 
 # %% ../../nbs/6_ledger/68_ledger.study.ipynb #b7402d06
-def foretold(jobs: list[Config], store, of_scale: str) -> str: # one line
-    "How many of these students have to be made, and about how long that takes."
-    names = {run_name(cfg, "student") for cfg in jobs}
-    missing = [n for n in names if not (store/n/"record.json").exists()]
-    if not missing: return f"{len(names)} students, all loaded from their records"
-    spent = [read_json(p, "")["cost"] for p in sorted(store.glob(f"{of_scale}-student-*/record.json"))]
+def foretold(jobs: list[Config], store, of_scale: str, role: str="student") -> str: # one line
+    "How many of these runs have to be made, and about how long that takes."
+    names = {run_name(cfg, role) for cfg in jobs}
+    missing, what = [n for n in names if not (store/n/"record.json").exists()], role + "s"*(len(names) != 1)
+    if not missing: return f"{len(names)} {what}, all loaded from their records"
+    spent = [read_json(p, "")["cost"] for p in sorted(store.glob(f"{of_scale}-{role}-*/record.json"))]
     told = "at unknown cost"
     if spent:
         seconds = sum(c["train_cpu_seconds"] + c["evaluate_cpu_seconds"] for c in spent)/len(spent)
         told = (f"about {len(missing)*seconds/60:.0f} CPU minutes, up to {max(c['peak_memory_mb'] for c in spent):.0f} "
                 f"MB of memory each, as {len(spent)} others took")
-    return (f"{len(names)} students: {len(names) - len(missing)} loaded, {len(missing)} to be made, {told}; "
+    return (f"{len(names)} {what}: {len(names) - len(missing)} loaded, {len(missing)} to be made, {told}; "
             "and what stands above them, where it is not here: a street, a teacher, a depth network a draw")
 
 # %% ../../nbs/6_ledger/68_ledger.study.ipynb #788dcbe1
