@@ -97,7 +97,7 @@ def fresh(path: Path) -> bool:
 def executed(paths: list[Path], workers: int=0, progress: bool=True) -> list[Path]: # the executed copies
     "Run the notebooks whose copies are missing or old, side by side; an error names the notebook and the cell."
     old = [p for p in paths if not fresh(p)]
-    with pool(max(1, min(workers or cores(), len(old))), "spawn") as helpers:
+    with pool(max(1, min(workers or cores(), len(old)))) as helpers:        # so that cells may fork workers, too
         running = {helpers.submit(run_once, p): p for p in old}
         told = tqdm(as_completed(running), f"{len(old)} of {len(paths)} notebooks", len(old), disable=not progress)
         try:
