@@ -149,6 +149,7 @@ class Found:
     boxes: Tensor    # (K, 7) lidar frame
     scores: Tensor   # (K,) in [0, 1]
     labels: Tensor   # (K,) int64 index into the classes of the config
+    velocity: Tensor | None = None   # (K, 2) along x and y, m/s; None where the detector says none
 
     def __post_init__(self):
         if not len(self.boxes) == len(self.scores) == len(self.labels):
@@ -159,7 +160,8 @@ class Found:
 
     def __getitem__(self, rows) -> "Found":
         "The boxes picked by a slice, a mask or an index tensor."
-        return Found(self.boxes[rows], self.scores[rows], self.labels[rows])
+        velocity = None if self.velocity is None else self.velocity[rows]
+        return Found(self.boxes[rows], self.scores[rows], self.labels[rows], velocity)
 
     @classmethod
     def labelled(cls, boxes: Tensor, labels: Tensor) -> "Found":

@@ -24,7 +24,8 @@ from .taps import Taps
 def as_boxes(found: Found, classes: tuple[str, ...]) -> Boxes:
     "One frame's detections as `Boxes`, lidar frame, best first."
     labels = found.labels.cpu().numpy()
-    return Boxes(found.boxes.cpu().numpy(), np.array(classes)[labels], found.scores.cpu().numpy())
+    velocity = None if found.velocity is None else found.velocity.cpu().numpy()
+    return Boxes(found.boxes.cpu().numpy(), np.array(classes)[labels], found.scores.cpu().numpy(), velocity=velocity)
 
 # %% ../nbs/3_models/34_detect.ipynb #f7beda9b
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .core import Found
+from .layers.centre import CentreMaps
 from .layers.head import HeadMaps
 
 # %% ../nbs/3_models/30_taps.ipynb #294103ed
@@ -26,7 +27,7 @@ class Taps:
     bev_raw: Tensor | None = None       # (B, C, Y, X) student's BEV before adaptation
     bev: Tensor | None = None           # (B, C, Y, X) F_L^bev of a teacher, adapted F_I^bev of a student
     bev2d: Tensor | None = None         # (B, C2, Y, X) after the 2D backbone
-    head: HeadMaps | None = None        # class, box and direction maps
+    head: HeadMaps | CentreMaps | None = None   # what the head says of every anchor or cell
     soft: list[Found] | None = None     # B x what the detector has found
 
     def need(self, name: str):

@@ -58,7 +58,7 @@ def test_every_import_of_the_house_has_a_notebook(path):
 
 
 # rooms whose work it is to build networks
-BUILDERS = ("cmkd.distill.roles", "cmkd.distill.hint", "cmkd.distill.released")
+BUILDERS = ("cmkd.distill.roles", "cmkd.distill.hint", "cmkd.distill.released", "cmkd.distill.paths")
 
 
 @pytest.mark.parametrize("inside, never, but", [

@@ -13,11 +13,11 @@ from ..geometry import Grid
 
 # %% ../../nbs/2_layers/21_layers.voxels.ipynb #8e3dbca5
 def voxelize(
-    points: Tensor,        # (N, 5) batch index, x y z reflectance; lidar frame, m
+    points: Tensor,        # (N, 5 or more) batch index, x y z reflectance ...; lidar frame, m
     grid: Grid,
     max_points: int=5,     # kept in one voxel, in scan order
     max_voxels: int=40000, # kept in one frame, in the order of their first point
-) -> tuple[Tensor, Tensor]:  # (V, 4) mean x y z reflectance, (V, 4) int32 coordinates b z y x
+) -> tuple[Tensor, Tensor]:  # (V, 4 or more) mean x y z reflectance ..., (V, 4) int32 coordinates b z y x
     "Voxelise and mean-encode a batch (SECOND; CMKD supplement 1.1)."
     points = points[grid.inside(points[:, 1:4])]
     cell = grid.index(points[:, 1:4]).floor().long().flip(1)
@@ -30,7 +30,7 @@ def voxelize(
     rank = torch.empty_like(voxel)
     rank[order] = torch.arange(len(voxel), device=voxel.device) - start[voxel[order]]
     early = rank < max_points
-    total = points.new_zeros(len(unique), 4).index_add_(0, voxel[early], points[early, 1:])
+    total = points.new_zeros(len(unique), points.shape[1] - 1).index_add_(0, voxel[early], points[early, 1:])
     mean = total/count.clamp(max=max_points)[:, None]
     coords = torch.stack([unique//(Z*Y*X), unique//(Y*X) % Z, unique//X % Y, unique % X], 1)
     keep = first_voxels(coords[:, 0], order[start], max_voxels)
