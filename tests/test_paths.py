@@ -7,14 +7,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cmkd.boxes import points_in_boxes
 from cmkd.core import Boxes, Frame, View
-from cmkd.data.dataset import FrameSet
+from cmkd.data.dataset import FrameSet, collate, prepare
 from cmkd.data.sets import KINDS, open_sets
-from cmkd.distill.paths import PATHS, ROLES, detector, path_recipe
+from cmkd.distill.paths import PATHS, ROLES, detector, frozen, moved, path_recipe
 from cmkd.layers.bev import Bev
 from cmkd.layers.centre import Centre
-from cmkd.models.surround import BUFFERS, FULL_SPACE, SENSORS, BevDetector, Rig, Sweep, from_released, released_name
-from cmkd.train.roles import Work, fit
+from cmkd.models.surround import (
+    BUFFERS,
+    FULL_SPACE,
+    SENSORS,
+    BevDetector,
+    Rig,
+    Sweep,
+    camera_bev,
+    from_released,
+    released_name,
+)
+from cmkd.train.roles import Work, fit, save_weights
 
 AHEAD = [[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
 BACK = [[0, 1, 0, 0], [0, 0, -1, 0], [-1, 0, 0, 0], [0, 0, 0, 1]]
@@ -100,3 +111,35 @@ def test_full_size_is_the_released_one(sensor, golden):
     with pytest.raises(ValueError, match="shared_conv.0.bias"): from_released(broken, net)
     del broken["det_head.dense_head.shared_conv.0.bias"]
     with pytest.raises(ValueError, match="shared_conv.0.bias"): from_released(broken, net)
+
+
+def test_the_street_moves_as_one(tmp_path):
+    "Points stay in their boxes, and in their pixels."
+    sample = prepare(Yard(tmp_path, "train").frame(0), ("car", "truck"), image_size=(32, 64))
+    for seed in range(4):
+        one = moved(sample, np.random.default_rng(seed), .5, .7, .1)
+        assert not torch.allclose(one.points[:, :3], sample.points[:, :3])
+        inside = [points_in_boxes(s.points[:, :3], s.boxes) for s in (sample, one)]
+        assert torch.equal(*inside) and inside[0].any()
+        pixels = []
+        for s in (sample, one):
+            xyz = torch.nn.functional.pad(s.points[:, :3].double(), (0, 1), value=1)
+            uvw = xyz @ (s.camera[0].double() @ s.lidar_to_cam[0].double()).T
+            pixels.append(uvw[:, :2]/uvw[:, 2:])
+        torch.testing.assert_close(*pixels, rtol=1e-4, atol=1e-2)
+
+
+def test_a_teacher_stays_as_it_is(tmp_path):
+    cfg = path_recipe("paper", "l-c").override(*[t for t in TINY if "yard" not in t])
+    save_weights(detector(cfg, "lidar"), tmp_path/"w.safetensors")
+    teacher = frozen(cfg, "lidar", tmp_path/"w.safetensors", torch.device("cpu"))
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_fusion_hears_lidar_first(tmp_path):
+    cfg = path_recipe("paper", "lc-c").override(*[t for t in TINY if "yard" not in t])
+    net = detector(cfg, "fusion").eval()
+    batch = collate([prepare(Yard(tmp_path, "train").frame(0), ("car", "truck"), image_size=(32, 64))])
+    with torch.no_grad():
+        apart = net.fusion(net.lidar_bev(batch), camera_bev(net.camera, batch).bev)
+        assert torch.equal(net(batch, "bev").bev, apart)
