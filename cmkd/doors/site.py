@@ -38,11 +38,11 @@ def worded(text: str, at: Path, places: dict[str, str]) -> str:
     "Markdown of a notebook in folder `at` of nbs/, for its page; `places`: a file below nbs/ -> its page."
     up, nbs = "../"*len(at.parts), (root()/"nbs").resolve()
     def link(found: re.Match) -> str:
-        where = (nbs/at/found[2].partition("#")[0]).resolve()
+        text, where = found[1] or "", (nbs/at/found[2].partition("#")[0]).resolve()
         name = str(where.relative_to(nbs)) if where.is_relative_to(nbs) else ""
-        if name in places: return f"{found[1]}]({up}{places[name]})"
-        if name and where.exists() and found[1]: return found[1][1:]      # a notebook that this site leaves out
-        return f"{found[1]}]({up}{where.name})" if where.suffix in (".png", ".md") else found[0]
+        if name in places: return f"{text}]({up}{places[name]})"
+        if name and where.exists() and text: return text[1:]               # a notebook that this site leaves out
+        return f"{text}]({up}{where.name})" if where.suffix in (".png", ".md") else found[0]
     parts = CODE.split(text)
     for i in range(0, len(parts), 2):
         parts[i] = MATH.sub(formula, re.sub(r"(\[[^\]]*)?\]\((?!http|#)([^)\s]+)\)", link, parts[i]))
