@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHERE', 'RELEASE', 'Distill', 'boxes_of', 'boxes_to_mask', 'at_points', 'mean_of', 'masks', 'feature_loss', 'alike',
-           'relation_loss', 'heat_of', 'response_parts', 'response_loss']
+           'among', 'relation_loss', 'heat_of', 'response_parts', 'response_loss']
 
 # %% ../../nbs/5_methods/53_distill.unidistill.ipynb #b43863ef
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..config import choice, number
 from .points import COORDS, gaussian, gaussian_mask, nine_points, sampled, to_cells
@@ -94,6 +95,13 @@ def alike(features: Tensor, eps: float) -> Tensor: # (N, P, C) -> (N, P, P)
     unit = features/(features.norm(dim=-1, keepdim=True) + eps) if eps else F.normalize(features, dim=-1)
     return unit @ unit.transpose(1, 2)
 
+def among(student: Tensor, teacher: Tensor, eps: float, most: int=2048) -> Tensor: # (N, C) -> ()
+    "Mean difference of all N x N cosines (a billion at 180 x 180), some rows at a time, and again for gradients."
+    s, t = (F.normalize(f, dim=-1) if not eps else f/(f.norm(dim=-1, keepdim=True) + eps) for f in (student, teacher))
+    def some(a: Tensor, b: Tensor) -> Tensor: return (a @ s.T - b @ t.T).abs().sum()
+    parts = zip(s.split(most), t.split(most), strict=True)
+    return sum(checkpoint(some, a, b, use_reentrant=False) for a, b in parts)/len(s)**2
+
 def relation_loss(student: Tensor, teacher: Tensor, boxes: list[Tensor], grid: Grid, d: Distill=Distill()) -> Tensor:
     "L_rel of UniDistill (Eq. 4), or among all cells of a frame, or those of its mask (Table 5)."
     def apart(s: Tensor, t: Tensor) -> Tensor: return (alike(s, d.eps) - alike(t, d.eps)).abs().mean((1, 2))
@@ -101,8 +109,8 @@ def relation_loss(student: Tensor, teacher: Tensor, boxes: list[Tensor], grid: G
         return mean_of(apart(at_points(student, boxes, grid, d), at_points(teacher, boxes, grid, d)), d.eps)
     every = torch.ones_like(student[:, 0], dtype=torch.bool)
     here = every if d.relation_where == "all" else masks(boxes, grid, d) > 0
-    pairs = [(s[:, k].T[None], t[:, k].T[None]) for s, t, k in zip(student, teacher, here, strict=True) if k.any()]
-    return torch.stack([apart(*pair)[0] for pair in pairs]).mean() if pairs else student.sum()*0
+    pairs = [(s[:, k].T, t[:, k].T) for s, t, k in zip(student, teacher, here, strict=True) if k.any()]
+    return torch.stack([among(s, t, d.eps) for s, t in pairs]).mean() if pairs else student.sum()*0
 
 # %% ../../nbs/5_methods/53_distill.unidistill.ipynb #da0bd305
 def heat_of(logits: Tensor, temperature: float, clamp: float) -> Tensor: # (B, C, Y, X)
