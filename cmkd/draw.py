@@ -226,6 +226,8 @@ def bev_axes(
     return fig
 
 # %% ../nbs/0_ground/08_draw.ipynb #dcd0f13b
+KEPT = "CMKD_PICTURES"   # environment variable: 1 where what is executed is kept, 0 where no picture is wanted
+
 @cache
 def start_painter() -> None:
     "Start the one browser that draws this process's pictures; it goes when the process ends."
@@ -236,6 +238,7 @@ def start_painter() -> None:
 
 def png_of(fig: go.Figure, scale: float=2.) -> tuple[bytes, str]: # the PNG; why there is none, or ''
     "A picture of the figure, `scale` times its own size; b'' and a reason where none can be made."
+    if os.environ.get(KEPT) == "0": return b"", f"no png: {KEPT} is 0"
     size = {side: fig.layout[side] for side in ("width", "height") if fig.layout[side]}
     try:
         import kaleido
@@ -246,7 +249,6 @@ def png_of(fig: go.Figure, scale: float=2.) -> tuple[bytes, str]: # the PNG; why
     except RuntimeError as e: return b"", f"no png: {str(e).strip().splitlines()[0]}"   # no browser for it
 
 # %% ../nbs/0_ground/08_draw.ipynb #3629a7d4
-KEPT = "CMKD_PICTURES"                # environment variable: 1 where what is executed is kept
 LIVE = "application/vnd.plotly.v1+json"
 
 class show:
