@@ -125,7 +125,7 @@ def points_of(tables: Tables, root: Path, shot: dict, sweeps: int) -> np.ndarray
 # %% ../../nbs/1_data/14_data.nuscenes.ipynb #c46afcc0
 class NuScenes(FrameSet):
     "Samples of a folder in nuScenes' layout."
-    name = "nuscenes"
+    name, metric = "nuscenes", "nuscenes"
 
     def __init__(self, root, split: str, labelled: bool=True, seed: int=0, sweeps: int=9):
         self.root, self.split, self.labelled, self.sweeps = Path(root), split, labelled, sweeps

@@ -15,6 +15,7 @@ from .dataset import FrameSet, Joined, no_overlap
 from .facts import facts, no_copies, paragraph, refuse_nonsense
 from .kitti import Kitti
 from .kitti_raw import KittiRaw, object_to_raw, raw_id, read_raw_list, refuse_overlap
+from .nuscenes import NuScenes
 from ..reading import read_json, read_text
 
 # %% ../../nbs/1_data/16_data.sets.ipynb #562adbef
@@ -48,7 +49,8 @@ def kitti(root, split: str, labelled: bool=True, seed: int=0) -> Kitti:
                          "say data.kind=world")
     return Kitti(root, split, labelled)
 
-KINDS = {"kitti": kitti, "world": Street}   # what `data.kind` opens: (root, split, labelled, seed) -> FrameSet
+# what `data.kind` opens: (root, split, labelled, seed) -> FrameSet
+KINDS = {"kitti": kitti, "world": Street, "nuscenes": NuScenes}
 
 # %% ../../nbs/1_data/16_data.sets.ipynb #f21e6bdf
 @dataclass(frozen=True)
