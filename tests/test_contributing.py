@@ -73,7 +73,7 @@ def test_a_data_set_moves_in(parking, tmp_path):
     assert (len(sets.train), len(sets.val), sets.unlabelled is None) == (4, 4, False)
     assert sets.unlabelled.frame(0).objects is None and len(sets.train.frame(0).views) == 2
     assert manifest(sets.train) == manifest(open_sets(small("cmkd").data, tmp_path).train)
-    with pytest.raises(ValueError, match="'garage'; it must be one of 'kitti', 'world', 'parking'"):
+    with pytest.raises(ValueError, match="'garage'; it must be one of 'kitti', 'world', 'nuscenes', 'parking'"):
         small("cmkd").override("data.kind=garage")
 
 
