@@ -29,7 +29,7 @@ def test_sliders_move_the_figure(tmp_path):
     with lab(tmp_path/"work", tmp_path/"home") as (address, token), page(api, chromium) as (p, errors):
         p.goto(f"{address}/lab/tree/{LESSON.name}?token={token}&reset")
         run_all(p)
-        out = p.locator(".jp-OutputArea-output:has(.noUi-handle)")
+        out = p.locator(".jp-OutputArea-output:has(.noUi-handle)").first
         out.locator(".js-plotly-plot .bars .point path").first.wait_for(state="attached", timeout=60_000)
         out.scroll_into_view_if_needed()
         plot, handle = out.locator(".js-plotly-plot"), out.locator(".noUi-handle").nth(2)
