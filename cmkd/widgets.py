@@ -203,8 +203,8 @@ def pixel_traces(
 def panels(tall: int) -> go.Figure:
     "A picture, `tall` px, above a bar chart; a map beside both. With sliders it fits 1280 x 720."
     fig = make_subplots(2, 2, specs=[[{}, {"rowspan": 2}], [{}, None]], row_heights=[tall, 180],
-                        column_widths=[.62, .38], vertical_spacing=60/(tall + 240), horizontal_spacing=.07)
-    fig.update_layout(template=TEMPLATE, width=1120, height=tall + 330, bargap=0)
+                        column_widths=[.6, .4], vertical_spacing=60/(tall + 240), horizontal_spacing=.1)
+    fig.update_layout(template=TEMPLATE, width=820, height=tall + 330, bargap=0)
     return fig.update_yaxes(title="probability of the bin", range=[0, 1], row=2, col=1)
 
 # %% ../nbs/0_ground/09_widgets.ipynb #33a0080c
@@ -218,7 +218,7 @@ def pixel_to_ground(
     "A pixel of the picture, its belief, and where its feature lands (CMKD 3.2: outer product, then the ground)."
     view = frame.views[0]
     H, W = view.size
-    fig = panels(int(np.clip(640*H/W, 120, 300)))
+    fig = panels(int(np.clip(470*H/W, 120, 300)))
     traces, told = pixel_traces(frame, bins, grid, distribution, state)
     draw = lambda t: fig.add_trace(t, *PANELS[t.name])
     draw(traces[4])

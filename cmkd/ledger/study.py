@@ -137,6 +137,7 @@ def opening(made: Study, found: DataFrame) -> str: # Markdown
     if scale == "smoke": return "Scale `smoke` proves that everything runs; its numbers mean nothing."
     if draws < 2: return "One draw has no interval, so nothing can be said yet; ask for more with `--draws 3`."
     known = found[found.verdict != ""]
+    if not len(known): return f"Too few draws of these rows for an interval yet, so nothing is said: {tally(found)}."
     lower, upper = (lambda text: text[:1].lower() + text[1:]), (lambda text: text[:1].upper() + text[1:])
     worth = "; ".join(f"{lower(c.claim.rstrip('.'))}: {signed(c.ours)} AP" for c in known.itertuples())
     half = (known.high - known.low)/2
