@@ -145,7 +145,8 @@ def folder_key(folder) -> str:
 def key_of(path, values: dict, inputs=()) -> dict[str, str]:
     "What an executed notebook depends on before it has run."
     folders = {str(Path(i).resolve()): folder_key(i) for i in inputs}
-    return dict(notebook=source_key(path), parameters=sha(values), package=package_key(), **folders)
+    runs = sorted(p.parent.name for p in (root()/"results"/"runs").glob("*/record.json"))
+    return dict(runs=sha(runs), notebook=source_key(path), parameters=sha(values), package=package_key(), **folders)
 
 def unchanged(out: Path, key: dict) -> bool:
     "Is the executed notebook `out` there, made under this key, and every file it stands on as it was?"
@@ -214,6 +215,7 @@ def run_notebook(
     nb = execute(path, values, out)
     tidy(out)                                            # the kernel of one that was killed may have lived longer
     echoed(nb, values, path)
+    key = key_of(path, values, inputs)                   # with the runs that it has made
     out.with_suffix(".key.json").unlink(missing_ok=True)
     with atomic(out) as temp: nbformat.write(nb, temp)
     out.with_name(f"{out.stem}.failed.ipynb").unlink(missing_ok=True)
